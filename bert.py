@@ -1,0 +1,337 @@
+"""BERT, written by hand, and its checkpoints.
+
+The encoder of Devlin et al. 2018 (arXiv 1810.04805) from plain torch.nn parts, in the order in
+which a sentence passes through it: embeddings, layers, and a head that reads an answer off [CLS].
+
+There is no classifier to train. The head is BERT's own masked-language-modelling (MLM) head, asked
+for a handful of *label words* in place of its whole vocabulary: a positive review is one at whose
+[CLS] the frozen head would rather write "great" than "terrible".
+
+Letters:  B batch   T tokens   D hidden   H heads   F feed-forward   V vocabulary   C label words
+
+The file on disk is the Hugging Face layout: a folder with config.json and model.safetensors (and
+the vocabulary, which data.py reads). NAMES below is the whole difference between their names and
+ours; nothing in a checkpoint is skipped in silence.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+
+# ---------------------------------------------------------------------------------------------
+# The model
+# ---------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Config:
+    """The sizes of a BERT, under the keys that config.json has for them. The defaults are those
+    of bert-base-uncased."""
+    vocab_size: int = 30522              # V
+    hidden_size: int = 768               # D
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12        # H
+    intermediate_size: int = 3072        # F
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+
+
+class Embeddings(nn.Module):
+    """Token + position + segment, each a learned table, summed and normalised."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.word = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.position = nn.Embedding(c.max_position_embeddings, c.hidden_size)
+        self.token_type = nn.Embedding(c.type_vocab_size, c.hidden_size)
+        self.norm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
+        self.dropout = nn.Dropout(c.hidden_dropout_prob)
+
+    def forward(self, input_ids, token_type_ids):               # (B, T), (B, T)
+        position = torch.arange(input_ids.shape[1], device=input_ids.device)
+        x = self.word(input_ids) + self.position(position) + self.token_type(token_type_ids)
+        return self.dropout(self.norm(x))                       # (B, T, D)
+
+
+class Layer(nn.Module):
+    """One encoder layer: self-attention, then feed-forward; after each, dropout, the residual
+    and a LayerNorm (post-norm, as in 2018). Its six matrices carry the names that the pruning
+    literature gives them: Q K V O of the attention, U (up) and D (down) of the feed-forward."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.heads, self.attention_dropout = c.num_attention_heads, c.attention_probs_dropout_prob
+        self.Q = nn.Linear(c.hidden_size, c.hidden_size)
+        self.K = nn.Linear(c.hidden_size, c.hidden_size)
+        self.V = nn.Linear(c.hidden_size, c.hidden_size)
+        self.O = nn.Linear(c.hidden_size, c.hidden_size)
+        self.U = nn.Linear(c.hidden_size, c.intermediate_size)
+        self.D = nn.Linear(c.intermediate_size, c.hidden_size)
+        self.attention_norm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
+        self.output_norm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
+        self.dropout = nn.Dropout(c.hidden_dropout_prob)
+
+    def forward(self, x, mask):                                 # (B, T, D), (B, 1, 1, T) or None
+        def split(y):                                           # (B, T, D) -> (B, H, T, D/H)
+            return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+        a = F.scaled_dot_product_attention(
+            split(self.Q(x)), split(self.K(x)), split(self.V(x)), attn_mask=mask,
+            dropout_p=self.attention_dropout if self.training else 0.0)      # (B, H, T, D/H)
+        x = self.attention_norm(x + self.dropout(self.O(a.transpose(1, 2).flatten(2))))
+        return self.output_norm(x + self.dropout(self.D(F.gelu(self.U(x)))))  # (B, T, D)
+
+
+class MLMHead(nn.Module):
+    """The transform in front of BERT's decoder. The decoder's matrix is the word embeddings
+    themselves (tied), so all that the head owns beside the transform is a bias a word."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.dense = nn.Linear(c.hidden_size, c.hidden_size)
+        self.norm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(c.vocab_size))
+
+    def forward(self, h):                                       # (..., D) -> (..., D)
+        return self.norm(F.gelu(self.dense(h)))
+
+
+class Bert(nn.Module):
+    """A BERT of any size, weights drawn as in the original (normal, std 0.02).
+
+    With mlm_head=False (sentence encoders ship without one) the label words' logits are the plain
+    dot product of the [CLS] state with their embeddings."""
+
+    def __init__(self, config, mlm_head=True):
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.mlm = MLMHead(config) if mlm_head else None
+        for m in self.modules():
+            if isinstance(m, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(m.weight, std=0.02)
+            if isinstance(m, nn.Linear):
+                nn.init.zeros_(m.bias)
+
+    def forward(self, input_ids, attention_mask=None, token_type_ids=None):
+        """Token ids (B, T), 1 for a token and 0 for padding (B, T), segment 0 or 1 (B, T) ->
+        last hidden states (B, T, D). Without an attention_mask every position counts, which
+        spares the attention its slower masked path; without segments all are 0."""
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(input_ids)
+        if attention_mask is not None:
+            attention_mask = attention_mask.bool()[:, None, None, :]         # (B, 1, 1, T)
+        x = self.embeddings(input_ids, token_type_ids)
+        for layer in self.layers:
+            x = layer(x, attention_mask)
+        return x
+
+    def set_dropout(self, p):
+        """Sets the probability of every dropout, those inside the attention included."""
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = p
+            if isinstance(module, Layer):
+                module.attention_dropout = p
+
+    def label_logits(self, hidden, label_ids):
+        """Last hidden states (B, T, D), ids of the label words (C,) -> their logits at [CLS]
+        (B, C). Only these C rows of the tied decoder are multiplied, never all V."""
+        h = hidden[:, 0]                                        # [CLS] is the first token
+        words = self.embeddings.word.weight[label_ids]          # (C, D)
+        if self.mlm is None:
+            return F.linear(h, words)
+        return F.linear(self.mlm(h), words, self.mlm.bias[label_ids])
+
+    def mlm_logits(self, hidden):
+        """Hidden states (..., D) -> logits over the whole vocabulary (..., V), for pre-training."""
+        return F.linear(self.mlm(hidden), self.embeddings.word.weight, self.mlm.bias)
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------
+
+# Hugging Face's module -> ours, "*" a layer's number. Read left to right to load, right to left
+# to save. (mlm owns a parameter named bias, and so `cls.predictions.bias` is `mlm.bias`.)
+NAMES = {
+    "bert.embeddings.word_embeddings":              "embeddings.word",
+    "bert.embeddings.position_embeddings":          "embeddings.position",
+    "bert.embeddings.token_type_embeddings":        "embeddings.token_type",
+    "bert.embeddings.LayerNorm":                    "embeddings.norm",
+    "bert.encoder.layer.*.attention.self.query":    "layers.*.Q",
+    "bert.encoder.layer.*.attention.self.key":      "layers.*.K",
+    "bert.encoder.layer.*.attention.self.value":    "layers.*.V",
+    "bert.encoder.layer.*.attention.output.dense":  "layers.*.O",
+    "bert.encoder.layer.*.intermediate.dense":      "layers.*.U",
+    "bert.encoder.layer.*.output.dense":            "layers.*.D",
+    "bert.encoder.layer.*.attention.output.LayerNorm": "layers.*.attention_norm",
+    "bert.encoder.layer.*.output.LayerNorm":        "layers.*.output_norm",
+    "cls.predictions.transform.dense":              "mlm.dense",
+    "cls.predictions.transform.LayerNorm":          "mlm.norm",
+    "cls.predictions":                              "mlm",
+}
+# Second copies of a tensor that some exports store. They must equal the first copy.
+TIED = {
+    "cls.predictions.decoder.weight": "embeddings.word.weight",
+    "cls.predictions.decoder.bias":   "mlm.bias",
+}
+# Tensors that a BERT file may hold and the method has no use for: a buffer that only counts
+# 0, 1, 2, ..., and the two heads of next-sentence prediction.
+DROPPED = ("bert.embeddings.position_ids", "bert.pooler.dense.weight", "bert.pooler.dense.bias",
+           "cls.seq_relationship.weight", "cls.seq_relationship.bias")
+# What a config.json may say beside the sizes, and the one value of each that this code computes.
+FIXED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute",
+         "is_decoder": False, "add_cross_attention": False, "tie_word_embeddings": True,
+         "quantization_config": None}
+
+
+def _rename(name, table):
+    """One tensor's name through a module table, layer number and .weight/.bias carried along:
+    `bert.encoder.layer.3.attention.self.query.bias` <-> `layers.3.Q.bias`. None if unknown."""
+    module, _, parameter = name.rpartition(".")
+    number = next((part for part in module.split(".") if part.isdigit()), "*")
+    ours = table.get(module.replace(f".{number}.", ".*."))
+    return f"{ours.replace('*', number)}.{parameter}" if ours else None
+
+
+def our_name(name):
+    """A checkpoint's tensor name in any of its spellings -> ours, or None if we know none.
+    `encoder.layer.0.output.LayerNorm.gamma` -> `layers.0.output_norm.weight`"""
+    if name.startswith(("embeddings.", "encoder.", "pooler.")):
+        name = "bert." + name
+    if name in TIED:
+        return TIED[name]
+    name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+    return "dropped" if name in DROPPED else _rename(name, NAMES)
+
+
+def hf_name(name):
+    """Our tensor name -> Hugging Face's: `layers.3.Q.weight` ->
+    `bert.encoder.layer.3.attention.self.query.weight`"""
+    return _rename(name, {ours: theirs for theirs, ours in NAMES.items()})
+
+
+def find_pretrained(name):
+    """The local folder of a model: `name` itself if it is a folder, else that repository of the
+    Hugging Face hub in huggingface_hub's ordinary cache, downloaded (config, weights, vocabulary)
+    if it is not there. Raises FileNotFoundError where neither can be had."""
+    if Path(name).is_dir():
+        return Path(name)
+    if not os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"):
+        print(f"{name} is not a folder: looking for it on the Hugging Face hub")
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=[
+            "config.json", "model.safetensors", "vocab.txt", "tokenizer.json", "tokenizer_config.json"]))
+    except Exception as error:  # the hub client raises a dozen kinds: bad name, no such repository, no network
+        reason = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(
+            f"--model {name}: neither a local folder nor to be had from the hub ({reason}); give a folder "
+            f"that holds config.json, model.safetensors and vocab.txt or tokenizer.json") from error
+
+
+def read_config(path):
+    """config.json -> Config. Raises ValueError naming the key where one is missing or asks for a
+    BERT that is not this one."""
+    try:
+        raw = json.loads(Path(path).read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); expected a model's config.json") from None
+    if not isinstance(raw, dict) or "model_type" not in raw:
+        raise ValueError(f"{path}: key model_type is missing; expected \"bert\"")
+    for key, value in FIXED.items():
+        if raw.get(key, value) != value:
+            raise ValueError(f"{path}: {key} is {raw[key]!r}; this code implements only {value!r}")
+    fields = {}
+    for field in dataclasses.fields(Config):
+        # Old configs leave out what was then a constant; a size that is missing is an error.
+        optional = field.type is float or field.name == "type_vocab_size"
+        value = raw.get(field.name, field.default if optional else None)
+        good = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not good or (field.type is int and (value != int(value) or value < 1)) \
+                or (field.type is float and not 0 <= value < 1):
+            raise ValueError(f"{path}: {field.name} is {value!r}; expected "
+                             + ("a positive integer" if field.type is int else "a number in [0, 1)"))
+        fields[field.name] = field.type(value)
+    if fields["hidden_size"] % fields["num_attention_heads"]:
+        raise ValueError(f"{path}: hidden_size {fields['hidden_size']} is no multiple of "
+                         f"num_attention_heads {fields['num_attention_heads']}")
+    return Config(**fields)
+
+
+def load_pretrained(folder):
+    """A folder with config.json and model.safetensors -> Bert, float32, in eval mode.
+
+    Takes names with and without the `bert.` prefix, LayerNorm as gamma/beta or weight/bias, the
+    decoder stored or tied, the MLM head there or not. Raises FileNotFoundError for a missing file
+    and ValueError naming the tensor for one that is missing, surplus, of the wrong shape, not of
+    floating point or not finite."""
+    folder = Path(folder)
+    config_path, path = folder / "config.json", folder / "model.safetensors"
+    for needed in (config_path, path):
+        if not needed.is_file():
+            raise FileNotFoundError(f"{needed}: no such file; a model folder holds config.json, "
+                                    "model.safetensors and vocab.txt or tokenizer.json")
+    config = read_config(config_path)
+    try:
+        stored = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error}); download or copy it again") from None
+
+    state, found_as = {}, {}
+    for name, tensor in stored.items():
+        ours = our_name(name)
+        if ours is None:
+            raise ValueError(f"{path}: tensor {name} has no place in a BERT encoder with an MLM head")
+        if ours == "dropped":
+            continue
+        if not tensor.is_floating_point():
+            raise ValueError(f"{path}: tensor {name} is {tensor.dtype}; expected floating point")
+        tensor = tensor.float()
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: tensor {name} holds nan or inf; the file is damaged, get it again")
+        if ours in state and not torch.equal(state[ours], tensor):
+            raise ValueError(f"{path}: tensors {found_as[ours]} and {name} should be two copies of one "
+                             "(the decoder is tied to the embeddings), but they differ")
+        state[ours], found_as[ours] = tensor, name
+
+    with torch.device("meta"):  # the shapes without the memory or the time to draw random weights
+        model = Bert(config, mlm_head=any(name.startswith("mlm.") for name in state))
+    expected = model.state_dict()
+    for name, tensor in expected.items():
+        if name not in state:
+            raise ValueError(f"{path}: tensor {hf_name(name)} is missing")
+        if state[name].shape != tensor.shape:
+            raise ValueError(f"{path}: tensor {found_as[name]} has shape {tuple(state[name].shape)}; "
+                             f"config.json makes it {tuple(tensor.shape)}")
+    surplus = [found_as[name] for name in state if name not in expected]
+    if surplus:
+        raise ValueError(f"{path}: tensor {surplus[0]} is surplus; config.json says "
+                         f"num_hidden_layers {config.num_hidden_layers}")
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def save_pretrained(model, folder):
+    """The reverse of load_pretrained: writes config.json and model.safetensors in the layout and
+    under the names that Hugging Face's BertForMaskedLM (BertModel without an MLM head) reads."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = dataclasses.asdict(model.config) | {
+        "model_type": "bert", "hidden_act": "gelu",
+        "architectures": ["BertModel" if model.mlm is None else "BertForMaskedLM"]}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    state = {hf_name(name): tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,350 @@
+"""GLUE from its TSV files: what the tasks are, how they are read, batched and scored.
+
+One table, TASKS, holds all that differs between the nine tasks. A task becomes text (read_split),
+text becomes token ids in one call of the tokenizer (encode), ids become batches of about equal
+length (batches), and logits become the numbers that GLUE reports (evaluate_metrics). Where the
+files are missing, fetch() gets them from their official places.
+
+Letters:  N examples   B batch   T tokens, of the longest member of a batch   C classes
+"""
+
+import os
+import shutil
+import tempfile
+import urllib.request
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import torch
+from tqdm import tqdm
+
+
+# ---------------------------------------------------------------------------------------------
+# The tasks
+# ---------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Task:
+    """One row of the table. `labels` are the strings of the TSV in the order of the classes,
+    `words` the label word of each class; a regression has one word and no labels."""
+    folder: str                      # below --data
+    text: tuple                      # the column, or the two columns, of the sentence(s)
+    label: str                       # the column of the label
+    labels: tuple                    # () for a regression
+    words: tuple
+    metrics: tuple
+    dev: tuple = ("dev",)            # names of the dev files
+    test: tuple = ("test",)
+    columns: tuple = ()              # of train and dev where the file has no header line
+    archive: str = ""                # its zip below GLUE_URL/glue/data/
+    skip_short_lines: bool = False   # QQP's official train file has a few
+
+    @property
+    def regression(self):
+        return not self.labels
+
+
+YES_NO = dict(labels=("entailment", "not_entailment"), words=("Yes", "No"), metrics=("accuracy",))
+TASKS = {
+    "cola": Task("CoLA", ("sentence",), "label", ("0", "1"), ("incorrect", "correct"), ("matthews",),
+                 columns=("source", "label", "star", "sentence"), archive="CoLA"),
+    "sst2": Task("SST-2", ("sentence",), "label", ("0", "1"), ("terrible", "great"), ("accuracy",),
+                 archive="SST-2"),
+    "mrpc": Task("MRPC", ("#1 String", "#2 String"), "Quality", ("0", "1"), ("No", "Yes"), ("accuracy", "f1")),
+    "stsb": Task("STS-B", ("sentence1", "sentence2"), "score", (), ("Yes",), ("pearson", "spearman"),
+                 archive="STS-B"),
+    "qqp": Task("QQP", ("question1", "question2"), "is_duplicate", ("0", "1"), ("No", "Yes"), ("accuracy", "f1"),
+                archive="QQP-clean", skip_short_lines=True),
+    "mnli": Task("MNLI", ("sentence1", "sentence2"), "gold_label", ("entailment", "neutral", "contradiction"),
+                 ("Yes", "Maybe", "No"), ("accuracy",), archive="MNLI",
+                 dev=("dev_matched", "dev_mismatched"), test=("test_matched", "test_mismatched")),
+    "qnli": Task("QNLI", ("question", "sentence"), "label", archive="QNLIv2", **YES_NO),
+    "rte": Task("RTE", ("sentence1", "sentence2"), "label", archive="RTE", **YES_NO),
+    "wnli": Task("WNLI", ("sentence1", "sentence2"), "label", ("0", "1"), ("No", "Yes"), ("accuracy",),
+                 archive="WNLI"),
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# TSV files
+# ---------------------------------------------------------------------------------------------
+
+def read_split(task, data_dir, split, limit=None):
+    """One file of a task -> (texts, labels): texts a list of N strings, or of N pairs; labels a
+    float32 array (N,) for a regression, else int64 class numbers (N,); None for a test split.
+
+    `split` is "train" or a name from task.dev or task.test; `limit` keeps the first so many lines.
+    GLUE quotes nothing, so a lone " is text, and only a tab or a line feed ever separates. Raises
+    ValueError with file and line for what cannot be read."""
+    path = Path(data_dir) / task.folder / f"{split}.tsv"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected the GLUE folder {task.folder} there (see --data)")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")  # some files start with a byte order mark
+    except UnicodeDecodeError as error:
+        line = error.object[:error.start].count(b"\n") + 1
+        raise ValueError(f"{path}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
+    lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+    is_test = split in task.test
+    columns = task.columns if task.columns and not is_test else lines.pop(0).split("\t")
+    first_line = 1 if task.columns and not is_test else 2
+    wanted = task.text if is_test else (*task.text, task.label)
+    missing = [column for column in wanted if column not in columns]
+    if missing:
+        raise ValueError(f"{path}, line 1: no column {missing[0]!r} in the header; expected "
+                         f"{', '.join(map(repr, wanted))}, found {', '.join(map(repr, columns))[:120]}")
+    *text_columns, label_column = [columns.index(column) for column in wanted] + ([None] if is_test else [])
+
+    texts, labels = [], []
+    for number, line in enumerate(lines[:limit], start=first_line):
+        fields = line.split("\t")
+        if len(fields) != len(columns):
+            if task.skip_short_lines and len(fields) < len(columns) and split == "train":
+                continue
+            raise ValueError(f"{path}, line {number}: {len(fields)} columns, expected {len(columns)}; "
+                             "mend the line or get the file again")
+        if "\0" in line:
+            raise ValueError(f"{path}, line {number}: a NUL byte; the file is damaged, get it again")
+        texts.append(fields[text_columns[0]] if len(text_columns) == 1 else tuple(fields[c] for c in text_columns))
+        if not is_test:
+            labels.append(_parse_label(task, fields[label_column], path, number))
+    if not texts:
+        raise ValueError(f"{path}: no examples in it; expected at least one line of data")
+    return texts, None if is_test else np.array(labels, np.float32 if task.regression else np.int64)
+
+
+def _parse_label(task, string, path, number):
+    if not task.regression:
+        if string not in task.labels:
+            raise ValueError(f"{path}, line {number}: label {string!r} is unknown; expected one of "
+                             f"{', '.join(task.labels)}")
+        return task.labels.index(string)
+    try:
+        score = float(string)
+    except ValueError:
+        score = float("nan")
+    if not 0 <= score <= 5:  # also turns nan away
+        raise ValueError(f"{path}, line {number}: score {string!r}; expected a number from 0 to 5")
+    return score
+
+
+# ---------------------------------------------------------------------------------------------
+# Tokens and batches
+# ---------------------------------------------------------------------------------------------
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "tokenizer_config.json")
+
+
+def load_tokenizer(folder):
+    """The WordPiece tokenizer of a model folder, from tokenizer.json or else from vocab.txt (lower
+    case unless tokenizer_config.json says otherwise). Raises FileNotFoundError, ValueError."""
+    folder = Path(folder)
+    whole, vocab, config = folder / "tokenizer.json", folder / "vocab.txt", folder / "tokenizer_config.json"
+    if whole.is_file():
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(whole))
+        except Exception as error:  # the Rust side raises a bare Exception
+            raise ValueError(f"{whole}: not a tokenizer file ({error})") from None
+        tokenizer.no_padding()  # the file may bring its own; ours belongs to the batch
+        tokenizer.no_truncation()
+        return tokenizer
+    if not vocab.is_file():
+        raise FileNotFoundError(f"{vocab}: no such file, and no tokenizer.json; a model folder needs one of the two")
+    lower = True
+    if config.is_file():
+        import json
+        lower = json.loads(config.read_text("utf-8")).get("do_lower_case", True)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece.from_file(str(vocab), unk_token="[UNK]"))
+    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=lower)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    special = [(token, tokenizer.token_to_id(token)) for token in ("[SEP]", "[CLS]")]
+    for token, number in special:
+        if number is None:
+            raise ValueError(f"{vocab}: no {token} in it; expected a BERT vocabulary, a token a line")
+    tokenizer.post_processor = tokenizers.processors.BertProcessing(*special)
+    return tokenizer
+
+
+def label_ids(tokenizer, words):
+    """The token id of each label word (C,). Raises ValueError for one that is not a single token."""
+    ids = [tokenizer.encode(word, add_special_tokens=False).ids for word in words]
+    for word, found in zip(words, ids):
+        if len(found) != 1 or found[0] == tokenizer.token_to_id("[UNK]"):
+            raise ValueError(f"label word {word!r} is not one token of this vocabulary")
+    return torch.tensor([found[0] for found in ids])
+
+
+@dataclass
+class Encoded:
+    """N tokenised examples: `ids` and `segments` are lists of N lists, `labels` (N,) or None."""
+    ids: list
+    segments: list
+    labels: np.ndarray
+
+    def __len__(self):
+        return len(self.ids)
+
+
+def encode(tokenizer, texts, labels, max_length):
+    """Texts (N strings or pairs) -> Encoded, in one batch call. A pair that is too long loses
+    tokens from the end of whichever sentence is longer at the time ("longest first")."""
+    tokenizer.enable_truncation(max_length, strategy="longest_first")
+    encodings = tokenizer.encode_batch(texts)
+    return Encoded([e.ids for e in encodings], [e.type_ids for e in encodings], labels)
+
+
+def batches(encoded, batch_size, generator=None):
+    """Yields dicts of tensors: index (B,), input_ids and token_type_ids (B, T), attention_mask
+    (B, T) or None where nothing is padded, labels (B,) or None.
+
+    Padding is wasted work, so a batch is formed among neighbours in length. With a generator the
+    examples are shuffled first, sorted only inside pools of 50 batches, and the batches shuffled
+    again: the order is random, the lengths in a batch are not. Without one, longest first, so
+    that a batch that does not fit into memory fails at the start."""
+    lengths = np.array([len(ids) for ids in encoded.ids])
+    if generator is None:
+        order = np.argsort(-lengths, kind="stable")
+    else:
+        order = torch.randperm(len(encoded), generator=generator).numpy()
+        pool = 50 * batch_size
+        order = np.concatenate([chunk[np.argsort(lengths[chunk], kind="stable")]
+                                for chunk in np.split(order, range(pool, len(order), pool))])
+    groups = np.split(order, range(batch_size, len(order), batch_size))
+    if generator is not None:
+        groups = [groups[i] for i in torch.randperm(len(groups), generator=generator)]
+    for index in groups:
+        longest = lengths[index].max()
+        input_ids, segments, mask = np.zeros((3, len(index), longest), np.int64)  # [PAD] is 0 in every BERT
+        for row, i in enumerate(index):
+            input_ids[row, :lengths[i]] = encoded.ids[i]
+            segments[row, :lengths[i]] = encoded.segments[i]
+            mask[row, :lengths[i]] = 1
+        yield {"index": torch.from_numpy(index),
+               "input_ids": torch.from_numpy(input_ids),
+               "token_type_ids": torch.from_numpy(segments),
+               "attention_mask": None if mask.all() else torch.from_numpy(mask),
+               "labels": None if encoded.labels is None else torch.from_numpy(encoded.labels[index])}
+
+
+# ---------------------------------------------------------------------------------------------
+# Metrics, as GLUE defines them
+# ---------------------------------------------------------------------------------------------
+
+def accuracy(predicted, true):
+    return float(np.mean(predicted == true))
+
+
+def f1(predicted, true):
+    """2PR / (P + R) = 2TP / (2TP + FP + FN) of class 1; 0 where there is no positive at all."""
+    errors_and_hits = np.sum(predicted == 1) + np.sum(true == 1)
+    return float(2 * np.sum((predicted == 1) & (true == 1)) / errors_and_hits) if errors_and_hits else 0.0
+
+
+def matthews(predicted, true):
+    """Correlation of two binary variables, in [-1, 1]; 0 where one of them is constant."""
+    return pearson(predicted, true)
+
+
+def pearson(predicted, true):
+    """Linear correlation, in [-1, 1]; 0 where one side is constant."""
+    p, t = (np.asarray(x, np.float64) - np.mean(x, dtype=np.float64) for x in (predicted, true))
+    norms = np.sqrt(np.sum(p * p)) * np.sqrt(np.sum(t * t))
+    return float(np.sum(p * t) / norms) if norms > 0 else 0.0
+
+
+def spearman(predicted, true):
+    """Pearson of the ranks; equal values share the mean of their ranks."""
+    def ranks(x):
+        _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+        last = np.cumsum(counts)
+        return (last - (counts - 1) / 2)[inverse]
+    return pearson(ranks(predicted), ranks(true))
+
+
+METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pearson, "spearman": spearman}
+
+
+def evaluate_metrics(task, logits, labels):
+    """Logits (N, C), labels (N,) -> {metric: value}, all as fractions of 1."""
+    predicted = logits[:, 0] if task.regression else logits.argmax(1)
+    return {name: METRICS[name](predicted, labels) for name in task.metrics}
+
+
+# ---------------------------------------------------------------------------------------------
+# Downloads
+# ---------------------------------------------------------------------------------------------
+
+GLUE_URL = "https://dl.fbaipublicfiles.com"  # the environment's GLUE_URL goes before it
+MRPC_HEADER = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String"
+
+
+def ensure(task, data_dir):
+    """Makes sure that data_dir/<task.folder> is there, fetching it if not. Raises OSError,
+    ValueError; what does not arrive whole is not left behind."""
+    folder = Path(data_dir) / task.folder
+    if folder.is_dir():
+        return folder
+    print(f"{folder} is not there: fetching it from the official place")
+    base = os.environ.get("GLUE_URL", GLUE_URL)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetching-") as scratch:
+        scratch = Path(scratch)
+        if task.folder == "MRPC":
+            _build_mrpc(base, scratch)
+        else:
+            archive = _download(f"{base}/glue/data/{task.archive}.zip", scratch / "archive.zip")
+            _unpack(archive, scratch)
+        if not (scratch / task.folder / "train.tsv").is_file():
+            raise ValueError(f"{task.archive}.zip: no {task.folder}/train.tsv in it; expected GLUE's archive of the task")
+        os.replace(scratch / task.folder, folder)
+    return folder
+
+
+def _download(url, path):
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response, open(path, "wb") as file:
+            size = int(response.headers.get("Content-Length") or 0)
+            with tqdm(total=size or None, unit="B", unit_scale=True, desc=url.rpartition("/")[2]) as bar:
+                while chunk := response.read(1 << 16):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+    except OSError as error:
+        raise OSError(f"{url}: cannot be fetched ({error}); without a network, put GLUE's TSV folders into --data") from None
+    if size and path.stat().st_size != size:
+        raise OSError(f"{url}: broke off after {path.stat().st_size} of {size} bytes; try again")
+    return path
+
+
+def _unpack(archive, folder):
+    """Unpacks a zip only if each of its members stays inside the folder."""
+    try:
+        with zipfile.ZipFile(archive) as z:
+            for name in z.namelist():
+                if not (folder / name).resolve().is_relative_to(folder.resolve()):
+                    raise ValueError(f"{archive.name}: member {name!r} would leave its folder; not unpacked")
+            z.extractall(folder)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{archive.name}: not a whole zip file ({error}); try again") from None
+
+
+def _build_mrpc(base, scratch):
+    """MRPC has no archive: the rows of Microsoft's train file whose pair of ids stands in GLUE's
+    list are dev, the rest train, in the order of the file. The test rows get an index in front."""
+    folder = scratch / "MRPC"
+    folder.mkdir()
+
+    def get(url, name):
+        return _download(f"{base}/{url}", scratch / name).read_text("utf-8-sig").splitlines()
+    dev_ids = {tuple(line.split("\t")) for line in get("glue/data/mrpc_dev_ids.tsv", "ids")}
+    rows = [line.split("\t") for line in get("senteval/senteval_data/msr_paraphrase_train.txt", "train")[1:]]
+    tests = [line.split("\t") for line in get("senteval/senteval_data/msr_paraphrase_test.txt", "test")[1:]]
+    test_header = "index\t" + MRPC_HEADER.partition("\t")[2]
+    tables = {"train": [MRPC_HEADER], "dev": [MRPC_HEADER], "test": [test_header]}
+    for row in rows:
+        tables["dev" if tuple(row[1:3]) in dev_ids else "train"].append("\t".join(row))
+    tables["test"] += ["\t".join([str(i), *row[1:]]) for i, row in enumerate(tests)]
+    for split, lines in tables.items():
+        (folder / f"{split}.tsv").write_text("\n".join(lines) + "\n", "utf-8")

@@ -1,0 +1,348 @@
+"""Static Model Pruning (SMP): adapt a frozen network to a task by choosing which weights to drop.
+
+Jiang et al., "Pruning Pre-trained Language Models Without Fine-Tuning", ACL 2023 (arXiv
+2210.06210). Every weight W of a linear layer gets a score S. The forward pass uses
+
+    scores  --top-k-->  mask in {0,1}  --times weight-->  masked_weight  --matmul-->  output
+      S                   M                                W' = W * M
+
+and the backward pass treats the mask as if it were the score itself (straight-through), so
+
+    dL/dS = dL/dM = dL/dW' * W             for the kept weights and for the pruned ones alike.
+
+Gradient descent on S thus adds up -dL/dW' * W over the steps (Eq. 3, the "movement" of a weight
+whose value never moves): a score rises while the loss wants that weight present. W, the biases,
+the LayerNorms, the embeddings and the head stay as they were pre-trained. Learning the scores is
+all the learning there is, and what a task adds to the model is one bit a weight.
+
+Read on in the paper's order:
+
+    Table 3   the masking functions: four rules for the score above which a weight is kept
+    Eq. 4     SMP-S, the rule of the paper's own                                keep_counts
+    Eq. 5     how the sparsity grows over the steps                             sparsity_at
+    Eq. 6, 7  task loss + sparsity regulariser (+ distillation)                 objective
+    Eq. 3     the layer that puts them to use                                   MaskedLinear
+
+Nothing here knows of BERT: `prune` takes any module with nn.Linears in it.
+
+Letters:  n weights of a matrix   N weights of all matrices   L layers   B batch   C classes
+Sparsity is always the fraction REMOVED: 0.9 keeps one weight in ten.
+"""
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import nn
+
+
+# ---------------------------------------------------------------------------------------------
+# Masks: from scores to zeros and ones (Section 4.1)
+# ---------------------------------------------------------------------------------------------
+
+class StraightThrough(torch.autograd.Function):
+    """The mask forwards, the identity backwards: whatever gradient reaches the mask is handed to
+    the scores, bit for bit. The true derivative of a step function is 0 almost everywhere and
+    would teach nothing; this stand-in asks "what if this entry were a little more present?", and
+    can ask it of pruned entries too, which is how a pruned weight comes back."""
+
+    @staticmethod
+    def forward(ctx, scores, mask):
+        return mask.to(scores.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def topk_mask(scores, n_keep):
+    """The 0/1 mask of the n_keep largest scores, straight-through.
+
+    scores: any shape, any floating dtype; the mask has both. Exactly n_keep ones whatever the
+    ties: among equal scores the lowest index (in memory order) wins, on every run and device.
+        topk_mask([[.1, .7], [.7, .7]], 2)  ->  [[0, 1], [1, 0]]
+    Raises ValueError for an n_keep outside [0, n], FloatingPointError for nan or inf in scores."""
+    if not 0 <= n_keep <= scores.numel():
+        raise ValueError(f"n_keep is {n_keep}; expected 0 to {scores.numel()}, the number of scores")
+    return StraightThrough.apply(scores, _topk(scores.detach().flatten(), n_keep).view(scores.shape))
+
+
+def threshold_mask(scores, tau):
+    """The 0/1 mask of the scores with sigmoid(S) > tau, straight-through (Table 3, row T)."""
+    return StraightThrough.apply(scores, torch.sigmoid(scores.detach()) > tau)
+
+
+def _topk(flat, n_keep):
+    """Flat scores (n,) -> bool mask (n,). Ties are the common case, not a corner: after the first
+    Adam step every score has moved by +-lr, and weights of a dead neuron stay equal for ever."""
+    if flat.numel() and not all(map(math.isfinite, flat.aminmax())):
+        raise FloatingPointError("nan or inf among the scores: the run has diverged")
+    if n_keep in (0, flat.numel()):
+        return torch.full_like(flat, bool(n_keep), dtype=torch.bool)
+    threshold = _kth_largest(flat, n_keep)
+    mask = flat > threshold
+    still_to_keep = n_keep - int(mask.sum())  # at least 1: the threshold itself is kept
+    mask[(flat == threshold).nonzero()[:still_to_keep, 0]] = True
+    return mask
+
+
+def _kth_largest(flat, k):
+    """The k-th largest of (n,) values, exactly, without sorting them all.
+
+    A sample of 4096 is sorted, and the two sample values some way above and below rank k/n
+    bracket the answer. Count what lies above the bracket, select exactly among the few values
+    inside it. The counts prove the answer right; a bracket that missed costs time, never truth."""
+    n = flat.numel()
+    if n > 16384:
+        sample = flat[:: n // 4096].sort(descending=True).values
+        rank, margin = k * len(sample) // n, 3 * math.isqrt(len(sample))  # 6 standard errors of a rank, or more
+        high, low = sample[max(rank - margin, 0)], sample[min(rank + margin, len(sample) - 1)]
+        above = int((flat > high).sum())
+        inside = flat[(flat >= low) & (flat <= high)]
+        if above < k <= above + len(inside):
+            flat, k = inside, k - above
+    return flat.kthvalue(len(flat) - k + 1).values
+
+
+# ---------------------------------------------------------------------------------------------
+# Rules: how many weights each matrix keeps (Table 3, Eq. 4)
+# ---------------------------------------------------------------------------------------------
+
+RULES = {
+    "smp-s":     "each matrix in proportion to R(S) among those of its type (Table 3, S)",
+    "smp-l":     "every matrix the same fraction (Table 3, L)",
+    "global":    "one threshold over all matrices (Table 3, G)",
+    "threshold": "whatever has sigmoid(S) > tau; the sparsity is not enforced (Table 3, T)",
+}
+
+
+def keep_counts(scores, sparsity, rule, tau=0.1):
+    """How many weights each matrix keeps: {name: scores} -> {name: count}.
+
+    All four masking functions of Table 3 ask for the largest scores of a matrix and differ only in
+    how far down they go. So here is the whole of a rule: a count for each matrix; topk_mask does
+    the rest. The counts sum to exactly round((1 - sparsity) * N), except under "threshold".
+
+    The type of a matrix is the last part of its name: `layers.3.Q` is a Q. SMP-S compares the L
+    matrices of one type and gives matrix l the fraction
+
+        k_l = k * L * R(S_l) / sum_j R(S_j),     k = 1 - sparsity,  R(S) = mean of sigmoid(S)   (Eq. 4)
+
+    (where sizes differ within a type, in proportion to n_l R(S_l)). Eq. 4 can ask for more than a
+    matrix has. The original code lets it, and misses its target; here such a matrix is kept whole
+    and the others of its type share the rest. Raises ValueError for an unknown rule or a sparsity
+    outside [0, 1], FloatingPointError for nan in scores."""
+    if rule not in RULES:
+        raise ValueError(f"rule is {rule!r}; expected one of {', '.join(RULES)}")
+    if not 0 <= sparsity <= 1:
+        raise ValueError(f"sparsity is {sparsity}; expected a fraction from 0 to 1, the part to remove")
+    scores = {name: s.detach() for name, s in scores.items()}
+    size = {name: s.numel() for name, s in scores.items()}
+    total = round((1 - sparsity) * sum(size.values()))  # round, since int((1 - 0.9) * 10) is 0
+    if rule == "threshold":
+        return {name: int(threshold_mask(s, tau).sum()) for name, s in scores.items()}
+    if rule == "global":
+        mask = _topk(torch.cat([s.flatten() for s in scores.values()]), total)
+        return {name: int(part.sum()) for name, part in zip(scores, mask.split(list(size.values())))}
+
+    # SMP-L is SMP-S with all R equal.
+    R = {name: 1.0 if rule == "smp-l" else importance(s).item() for name, s in scores.items()}
+    if not all(map(math.isfinite, R.values())):
+        raise FloatingPointError("nan among the scores: the run has diverged")
+    quota = {}
+    for kind in {name.rpartition(".")[2]: None for name in scores}:
+        peers = [name for name in scores if name.rpartition(".")[2] == kind]
+        to_share = (1 - sparsity) * sum(size[name] for name in peers)
+        while peers:
+            # fsum is exact, so the order of the layers cannot matter
+            k = to_share / (math.fsum(size[name] * R[name] for name in peers) or 1)
+            full = [name for name in peers if k * R[name] > 1]
+            quota |= {name: min(1, k * R[name]) * size[name] for name in full or peers}
+            to_share -= sum(size[name] for name in full)
+            peers = [name for name in peers if name not in full] if full else []
+
+    # Whole numbers that sum to the total: round down, then one more for the largest fractions.
+    quota = {name: round(q, 6) for name, q in quota.items()}  # a 4.9999999999 is a 5
+    counts = {name: math.floor(q) for name, q in quota.items()}
+    by_fraction = sorted(counts, key=lambda name: counts[name] - quota[name])
+    for name in by_fraction[:total - sum(counts.values())]:
+        counts[name] += 1
+    return counts
+
+
+def importance(scores):
+    """R(S) of one matrix: the mean of sigmoid(S), in (0, 1), a scalar tensor. The paper writes a
+    sum; its lambda = 400 is on the scale of the mean, which its code takes."""
+    return torch.sigmoid(scores).mean(dtype=torch.promote_types(scores.dtype, torch.float32))
+
+
+# ---------------------------------------------------------------------------------------------
+# Schedule and objective (Eq. 5, 6, 7)
+# ---------------------------------------------------------------------------------------------
+
+def sparsity_at(step, ramp_steps, target):
+    """The sparsity v_t at a step, v_f being the target and N ramp_steps (Eq. 5):
+
+        v_t = v_f - v_f (1 - t/N)^3   for t < N,   then v_f
+
+    Fast at first, while there is plenty to drop, slow near the end. With 0 ramp_steps the target
+    holds from step 0 on. After N the number of kept weights is fixed, but not which ones.
+        sparsity_at(0, 100, 0.9) -> 0     sparsity_at(50, 100, 0.9) -> 0.7875     sparsity_at(100, 100, 0.9) -> 0.9"""
+    if step >= ramp_steps:
+        return target
+    return target - target * (1 - step / ramp_steps) ** 3
+
+
+def regularizer(scores):
+    """R(S): mean over the matrices of the mean of sigmoid(S), a scalar in (0, 1). Takes the mapping
+    {name: scores} or the scores alone.
+
+    Its gradient sigmoid'(S) / (n L) pulls every score down. At high sparsity nearly all scores are
+    below 0, where sigmoid' grows with S: what is kept is pulled harder than what is pruned, so the
+    mask keeps moving, and only a weight that the task keeps asking for stays."""
+    matrices = list(scores.values() if isinstance(scores, Mapping) else scores)
+    return sum(importance(s) for s in matrices) / len(matrices)
+
+
+def task_loss(logits, labels):
+    """Cross-entropy of logits (B, C) with class numbers (B,), or for float labels (B,), a
+    regression, the squared error of the only logit (B, 1). Mean over the batch."""
+    if labels.is_floating_point():
+        return F.mse_loss(logits[:, 0], labels)
+    return F.cross_entropy(logits, labels)
+
+
+def distillation_loss(student_logits, teacher_logits, temperature=2.0):
+    """T^2 KL(teacher || student) of the softened distributions softmax(logits / T), logits (B, C),
+    summed over classes, mean over the batch. T^2 keeps the gradient's size the same for every T.
+
+    The paper prints KL(student || teacher); its code, like movement pruning before it, computes
+    this one, which makes the student cover all that the teacher holds possible. One logit
+    has no distribution: a regression takes the squared difference of the outputs."""
+    if student_logits.shape[1] == 1:
+        return F.mse_loss(student_logits, teacher_logits)
+    student = F.log_softmax(student_logits / temperature, dim=1)
+    teacher = F.log_softmax(teacher_logits / temperature, dim=1)
+    return temperature ** 2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def objective(logits, labels, scores, pull, teacher_logits=None, temperature=2.0, teacher_weight=0.5):
+    """What is minimised (Eq. 6): returns (total, task loss), two scalars.
+
+        L = L_task + pull * R(S)                                       without a teacher
+        L = (1 - a) L_task + a L_distil + pull * R(S)                  with one, a = teacher_weight
+
+    `pull` is lambda at this step."""
+    task = task_loss(logits, labels)
+    total = task + pull * regularizer(scores) if scores else task  # dense training has no scores
+    if teacher_logits is not None:
+        total = total + teacher_weight * (distillation_loss(logits, teacher_logits, temperature) - task)
+    return total, task
+
+
+# ---------------------------------------------------------------------------------------------
+# The layer (Eq. 3)
+# ---------------------------------------------------------------------------------------------
+
+class MaskedLinear(nn.Module):
+    """A frozen nn.Linear that learns which of its weights to use.
+
+    weight (out, in) and bias (out,) are those of the linear it replaces, bit for bit and for ever;
+    scores (out, in) is the one trainable parameter. keep_counts decides n_keep before each step."""
+
+    def __init__(self, linear, init):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.scores = nn.Parameter(initial_scores(linear.weight.detach(), init))
+        self.n_keep = linear.weight.numel()
+        self.masked_weight = None  # set by folded(), where the mask does not change between batches
+
+    def forward(self, x):                                       # (..., in) -> (..., out)
+        masked_weight = self.masked_weight
+        if masked_weight is None:
+            mask = topk_mask(self.scores, self.n_keep)
+            masked_weight = self.weight * mask
+        return F.linear(x, masked_weight, self.bias)
+
+    @property
+    def mask(self):
+        """The mask now in force, bool (out, in), without gradient."""
+        return topk_mask(self.scores.detach(), self.n_keep).bool()
+
+
+def initial_scores(weight, init):
+    """Scores to start from, float32, shaped like the weight. "zero" is the paper's."""
+    if init == "zero":
+        return torch.zeros_like(weight, dtype=torch.float32)
+    return weight.abs() / weight.std()
+
+
+def prune(model, names, init="zero"):
+    """Freezes all of a model, then gives each nn.Linear in `names` scores. In place; returns
+    {name: MaskedLinear}. Raises TypeError for a name that is no nn.Linear."""
+    model.requires_grad_(False)
+    layers = {}
+    for name in names:
+        linear = model.get_submodule(name)
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"{name} is a {type(linear).__name__}; expected an nn.Linear")
+        layers[name] = MaskedLinear(linear, init)
+        model.set_submodule(name, layers[name])
+    return layers
+
+
+@contextlib.contextmanager
+def folded(layers, masks):
+    """Inside, the layers use the given {name: mask}, multiplied into the weights once instead of
+    once a batch. The same frozen weights serve any number of tasks: another task is another mask."""
+    try:
+        for name, layer in layers.items():
+            layer.masked_weight = layer.weight * masks[name]
+        yield
+    finally:
+        for layer in layers.values():
+            layer.masked_weight = None
+
+
+# ---------------------------------------------------------------------------------------------
+# The mask file: one bit a weight
+# ---------------------------------------------------------------------------------------------
+
+def save_masks(path, masks, metadata):
+    """Writes {name: mask} as packed bits, eight weights a byte, rows after one another, into a
+    safetensors file, with `metadata` (anything JSON can hold) in its header. The file appears
+    whole or not at all."""
+    packed = {name: np.packbits(mask.detach().cpu().numpy().astype(bool)) for name, mask in masks.items()}
+    header = {"format": "smp-mask-1",
+              "shapes": json.dumps({name: list(mask.shape) for name, mask in masks.items()}),
+              "metadata": json.dumps(metadata)}
+    save_file(packed, f"{path}.part", metadata=header)
+    os.replace(f"{path}.part", path)
+
+
+def load_masks(path):
+    """The reverse of save_masks: a path -> ({name: bool mask}, metadata). Raises ValueError for a
+    file that is not a whole mask file."""
+    try:
+        with safe_open(path, "np") as file:
+            header = file.metadata() or {}
+            if header.get("format") != "smp-mask-1":
+                raise ValueError(f"{path}: format is {header.get('format')!r}; expected a mask file, 'smp-mask-1'")
+            shapes, metadata = json.loads(header["shapes"]), json.loads(header["metadata"])
+            packed = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{path}: not a whole mask file ({error})") from None
+    masks = {}
+    for name, shape in shapes.items():
+        n = math.prod(shape)
+        if name not in packed or packed[name].dtype != np.uint8 or packed[name].shape != ((n + 7) // 8,):
+            raise ValueError(f"{path}: {name} does not hold the {n} bits of a mask of shape {tuple(shape)}")
+        masks[name] = torch.from_numpy(np.unpackbits(packed[name], count=n).astype(bool)).view(shape)
+    return masks, metadata

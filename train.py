@@ -1,0 +1,381 @@
+"""Prune a pre-trained BERT for a GLUE task, weights frozen: the program.
+
+    python train.py --task mrpc --sparsity 0.9
+
+reads top to bottom as one run does: the flags, the data, the model, the loop over steps, the
+evaluation, the report. The method itself is in smp.py, the network in bert.py, GLUE in data.py.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import bert
+import data
+import smp
+
+TYPES = "QKVOUD"
+SHADES = " ░▒▓█"
+
+
+# ---------------------------------------------------------------------------------------------
+# Flags
+# ---------------------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line, without the page of usage
+        self.exit(2, f"error: {message}; see python train.py --help\n")
+
+
+def number(low, high, kind=float, closed=True):
+    """An argparse type: a finite number from low to high."""
+    def parse(string):
+        try:
+            value = kind(string)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high if closed else low <= value < high):  # nan is in no range
+            word = "whole number" if kind is int else "number"
+            bounds = f"of at least {low}" if high == math.inf else f"from {low} to {high}" if closed else \
+                f"from {low} up to but without {high}"
+            raise argparse.ArgumentTypeError(f"{string!r} is not a {word} {bounds}")
+        return value
+    return parse
+
+
+def parse_args(argv):
+    p = Parser(prog="train.py", description=__doc__.partition("\n")[0],
+               formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    positive, whole = number(0, math.inf), number(1, math.inf, int)
+    g = p.add_argument_group("what")
+    g.add_argument("--task", choices=data.TASKS, required=True, help="the GLUE task")
+    g.add_argument("--sparsity", type=number(0, 1, closed=False), default=0.9, metavar="V",
+                   help="fraction of the prunable weights to REMOVE; 0.9 keeps one in ten")
+    g.add_argument("--method", choices=[*smp.RULES, "finetune"], default="smp-s",
+                   help="masking function of Table 3, or dense fine-tuning (which writes a model folder)")
+    g.add_argument("--model", default="bert-base-uncased", metavar="M",
+                   help="a local folder (config.json, model.safetensors, vocab.txt or tokenizer.json) or a hub name")
+    g.add_argument("--teacher", metavar="DIR", help="model folder of a fine-tuned teacher to distil from")
+    g = p.add_argument_group("where")
+    g.add_argument("--data", default="glue", metavar="DIR", help="folder of GLUE's task folders; fetched if absent")
+    g.add_argument("--out", metavar="DIR", help="folder of the run (default: runs/TASK-METHOD-SPARSITY-sSEED)")
+    g.add_argument("--overwrite", action="store_true", help="start over in a folder that already holds a run")
+    g = p.add_argument_group("how long (the defaults are the paper's and depend on the number of training examples)")
+    g.add_argument("--epochs", type=whole, metavar="E", help="default: 12 above 10,000 examples, 100 below 3,000, else 60")
+    g.add_argument("--batch-size", type=whole, metavar="B", help="default: 64 above 10,000 examples, else 32")
+    g.add_argument("--limit", type=whole, metavar="N", help="use only the first N training examples")
+    g.add_argument("--eval-every", type=whole, metavar="STEPS", help="steps between evaluations (default: one epoch)")
+    g = p.add_argument_group("the method")
+    g.add_argument("--lr", type=positive, metavar="LR", help="peak learning rate, falls linearly to 0 "
+                   "(default: 2e-2 for scores, 3e-5 for fine-tuning)")
+    g.add_argument("--lambda", type=positive, default=400.0, dest="lam", metavar="L", help="weight of the sparsity regulariser")
+    g.add_argument("--ramp", type=number(0, 1), default=0.5, metavar="F", help="fraction of the steps in which sparsity grows")
+    g.add_argument("--init", choices=["zero", "magnitude"], default="magnitude", help="scores to start from")
+    g.add_argument("--dropout", type=number(0, 1, closed=False), default=0.0, metavar="P", help="dropout while training")
+    g.add_argument("--tau", type=number(0, 1), default=0.1, metavar="T", help="for --method threshold: keep where sigmoid(S) > T")
+    g.add_argument("--temperature", type=number(1e-3, math.inf), default=2.0, metavar="T", help="of the distillation")
+    g.add_argument("--teacher-weight", type=number(0, 1), default=0.5, metavar="A",
+                   help="weight of the distillation term; the task loss gets 1 - A")
+    g.add_argument("--max-length", type=number(4, math.inf, int), default=128, metavar="T", help="longest input, in tokens")
+    g = p.add_argument_group("the machine")
+    g.add_argument("--seed", type=number(0, 2**63 - 1, int), default=0, help="of dropout and of the order of the examples")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    g.add_argument("--precision", choices=["fp32", "bf16"], metavar="P",
+                   help="of the matrix products; scores stay float32 (default: bf16 on cuda, else fp32)")
+    g.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = p.parse_args(argv)
+    if args.method == "finetune":
+        args.sparsity = 0.0
+    args.lr = args.lr or (3e-5 if args.method == "finetune" else 2e-2)
+    args.precision = args.precision or ("bf16" if args.device.startswith("cuda") else "fp32")
+    args.out = args.out or f"runs/{args.task}-{args.method}-{args.sparsity:g}-s{args.seed}"
+    return args
+
+
+# ---------------------------------------------------------------------------------------------
+# One run
+# ---------------------------------------------------------------------------------------------
+
+def set_keep(layers, sparsity, args):
+    """Decides how many weights each matrix keeps from here on, by the rule of the method."""
+    scores = {name: layer.scores for name, layer in layers.items()}
+    for name, n_keep in smp.keep_counts(scores, sparsity, args.method, args.tau).items():
+        layers[name].n_keep = n_keep
+
+
+def forward(model, batch, label_ids, args):
+    """One batch -> label-word logits (B, C), float32."""
+    inputs = {key: batch[key].to(args.device, non_blocking=True) if batch[key] is not None else None
+              for key in ("input_ids", "attention_mask", "token_type_ids")}
+    with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16"):
+        return model.label_logits(model(**inputs), label_ids).float()
+
+
+@torch.inference_mode()
+def predict(model, examples, label_ids, args):
+    """All examples -> logits (N, C), in their order."""
+    was_training = model.training
+    model.eval()
+    logits = np.empty((len(examples), len(label_ids)), np.float32)
+    for batch in data.batches(examples, 128):
+        logits[batch["index"].numpy()] = forward(model, batch, label_ids, args).cpu().numpy()
+    model.train(was_training)
+    return logits
+
+
+def evaluate(model, dev_sets, task, label_ids, args):
+    """{metric: value} on the dev split; MNLI's second one gets its file's name in front. "score" is
+    the mean of them all, the one number by which the best evaluation is chosen."""
+    metrics = {}
+    for split, examples in dev_sets.items():
+        prefix = "mismatched_" if split == "dev_mismatched" else ""
+        found = data.evaluate_metrics(task, predict(model, examples, label_ids, args), examples.labels)
+        metrics |= {prefix + name: value for name, value in found.items()}
+    return metrics | {"score": sum(metrics.values()) / len(metrics)}
+
+
+def load(folder, task, args):
+    """A model folder -> (model on its device, tokenizer, label word ids (C,))."""
+    model = bert.load_pretrained(folder).to(args.device)
+    tokenizer = data.load_tokenizer(folder)
+    if tokenizer.get_vocab_size() > model.config.vocab_size:
+        raise ValueError(f"{folder}: the vocabulary has {tokenizer.get_vocab_size()} tokens, the embedding "
+                         f"only {model.config.vocab_size} rows")
+    if args.max_length > model.config.max_position_embeddings:
+        raise ValueError(f"--max-length {args.max_length}: this model has {model.config.max_position_embeddings} positions")
+    return model, tokenizer, data.label_ids(tokenizer, task.words).to(args.device)
+
+
+def resolve_sizes(args, n):
+    """Fills in what depends on the number of training examples: the paper's epochs and batch for
+    its large and small tasks, its longer run for RTE."""
+    large = n > 10_000
+    args.epochs = args.epochs or (12 if large else 60 if n >= 3_000 else 100)
+    args.batch_size = args.batch_size or (64 if large else 32)
+    args.epoch_steps = math.ceil(n / args.batch_size)
+    args.steps = args.epochs * args.epoch_steps
+    args.ramp_steps = round(args.ramp * args.steps)
+    args.eval_every = args.eval_every or args.epoch_steps
+
+
+def repeat_epochs(examples, args, generator):
+    for _ in range(args.epochs):
+        yield from data.batches(examples, args.batch_size, generator)
+
+
+def masks_of(layers):
+    return {name: layer.mask for name, layer in layers.items()}
+
+
+def sparsity_of(masks):
+    """The fraction removed, counted from the masks themselves."""
+    total = sum(mask.numel() for mask in masks.values())
+    return 1 - sum(int(mask.sum()) for mask in masks.values()) / total if masks else 0.0
+
+
+class Log:
+    """metrics.jsonl: one JSON object a line, on disk as soon as it is known."""
+
+    def __init__(self, path):
+        self.file = open(path, "w", encoding="utf-8")
+
+    def __call__(self, event, **entry):
+        print(json.dumps({"event": event} | entry), file=self.file, flush=True)
+
+
+def train(args):
+    """Runs one method on one task; returns the final metrics. Everything is written to args.out."""
+    started = time.monotonic()
+    out = Path(args.out)
+    if (out / "metrics.jsonl").exists() and not args.overwrite:
+        raise FileExistsError(f"{out}: holds a run already; give --overwrite to start over, or another --out")
+
+    # The data and the model
+    task = data.TASKS[args.task]
+    base = bert.find_pretrained(args.model)
+    data.ensure(task, args.data)
+    texts, labels = data.read_split(task, args.data, "train", args.limit)
+    resolve_sizes(args, len(texts))
+    model, tokenizer, label_ids = load(base, task, args)
+    train_set = data.encode(tokenizer, texts, labels, args.max_length)
+    dev_sets = {split: data.encode(tokenizer, *data.read_split(task, args.data, split), args.max_length)
+                for split in task.dev}
+    teacher_logits = None
+    if args.teacher:  # without dropout it always says the same of a sentence: ask it once, before the first step
+        teacher, _, teacher_ids = load(bert.find_pretrained(args.teacher), task, args)
+        teacher_logits = torch.from_numpy(predict(teacher, train_set, teacher_ids, args))
+        del teacher
+
+    # What is learned: the scores, or for fine-tuning everything
+    torch.manual_seed(args.seed)
+    order = torch.Generator().manual_seed(args.seed)
+    model.set_dropout(args.dropout)
+    dense = args.method == "finetune"
+    names = [name for name, m in model.named_modules() if name.startswith("layers.") and isinstance(m, nn.Linear)]
+    layers = {} if dense else smp.prune(model, names, args.init)
+    scores = {name: layer.scores for name, layer in layers.items()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr,
+                                  weight_decay=0.01 if dense else 0, fused=True)
+    warmup = args.steps // 10 if dense else 0  # early large steps could wreck weights; scores come to no harm
+    decay = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda t: min((t + 1) / (warmup + 1), 1) * (1 - t / args.steps))
+
+    out.mkdir(parents=True, exist_ok=True)
+    log = Log(out / "metrics.jsonl")
+    log("settings", **vars(args), torch=torch.__version__)
+    introduce(args, task, model, scores, tokenizer, train_set)
+
+    best = last = None
+    model.train()
+    training = time.monotonic()
+    with tqdm(total=args.steps, dynamic_ncols=True, bar_format="{n}/{total} |{bar}| {postfix} eta {remaining}") as bar:
+        for step, batch in enumerate(repeat_epochs(train_set, args, order), start=1):
+            set_keep(layers, smp.sparsity_at(step - 1, args.ramp_steps, args.sparsity), args)
+            logits = forward(model, batch, label_ids, args)
+            loss, task_loss = smp.objective(
+                logits, batch["labels"].to(args.device), scores, args.lam * smp.sparsity_at(step - 1, args.steps, 1.0),
+                None if teacher_logits is None else teacher_logits[batch["index"]].to(args.device),
+                args.temperature, args.teacher_weight)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            decay.step()
+
+            if step % 20 == 0 or step == args.steps:  # now and then, since reading the loss waits for the device
+                if not math.isfinite(task_loss):
+                    raise FloatingPointError(f"step {step}: the loss is {task_loss:g}, the run has diverged; "
+                                             "try a smaller --lr")
+                bar.set_postfix_str(f"loss {task_loss:.3f}  sparsity {sparsity_of(masks_of(layers)):.4f}  lr {decay.get_last_lr()[0]:.1e}  "
+                                    f"{step * args.batch_size / (time.monotonic() - training):.0f} ex/s", refresh=False)
+                bar.update(step - bar.n)
+            if step % args.eval_every == 0 or step == args.steps:
+                set_keep(layers, smp.sparsity_at(step, args.ramp_steps, args.sparsity), args)
+                masks = masks_of(layers)
+                with smp.folded(layers, masks):
+                    metrics = evaluate(model, dev_sets, task, label_ids, args)
+                last = {"step": step, "epoch": step / args.epoch_steps, "sparsity": sparsity_of(masks), **metrics}
+                log("eval", **last, loss=task_loss.item())
+                bar.write(f"epoch {last['epoch']:<5.4g} sparsity {last['sparsity']:.4f}  {show(metrics)}")
+                # Before the target sparsity is reached a mask is not yet what was asked for.
+                if step >= args.ramp_steps and (best is None or metrics["score"] > best["score"]):
+                    best = last
+                    save(out, base, task, model, masks, args, best)
+
+    # What came out
+    changed = changed_tensors(model, base)
+    seconds = time.monotonic() - started
+    final = {"best": best, "last": last, "metrics": {name: best[name] for name in best if name not in ("step", "epoch", "sparsity")},
+             "seconds": round(seconds, 1), "frozen_unchanged": not changed}
+    if layers:
+        masks = smp.load_masks(out / "mask.safetensors")[0]
+        final |= {"kept": sum(int(mask.sum()) for mask in masks.values()), "total": sum(mask.numel() for mask in masks.values())}
+    log("final", **final)
+    report(out, masks if layers else {}, final, changed, dense)
+    return final
+
+
+def changed_tensors(model, base):
+    """The tensors of a trained model that are no longer those of the checkpoint, bit for bit."""
+    now = model.state_dict()
+    return [name for name, tensor in bert.load_pretrained(base).state_dict().items()
+            if not torch.equal(tensor, now[name].cpu())]
+
+
+def save(out, base, task, model, masks, args, metrics):
+    """Writes what the task needs beside the base model: the mask, or after fine-tuning a model."""
+    if masks:
+        smp.save_masks(out / "mask.safetensors", masks, {
+            "task": args.task, "method": args.method, "base": str(args.model), "label_words": task.words,
+            "metrics": metrics, "settings": vars(args)})
+        return
+    bert.save_pretrained(model, out / "model")
+    for name in data.TOKENIZER_FILES:
+        if (Path(base) / name).is_file():
+            shutil.copy(Path(base) / name, out / "model" / name)
+
+
+# ---------------------------------------------------------------------------------------------
+# What a person sees
+# ---------------------------------------------------------------------------------------------
+
+def show(metrics):
+    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()
+                     if name not in ("step", "epoch", "sparsity") and not (name == "score" and len(metrics) == 2))
+
+
+def introduce(args, task, model, scores, tokenizer, train_set):
+    """What this run is, before its first step."""
+    text, label = tokenizer.decode(train_set.ids[0], skip_special_tokens=False), train_set.labels[0]
+    learned = sum(s.numel() for s in scores.values())
+    rest = sum(p.numel() for p in model.parameters()) - learned
+    hidden = ("debug", "overwrite")
+    print("settings    " + " ".join(f"{key}={value}" for key, value in vars(args).items()
+                                    if value is not None and key not in hidden))
+    print(f"example     {text} -> " + (f"{label:g}" if task.regression else f"{task.words[label]!r}"))
+    print("head        frozen: " + ("the MLM transform and the label words' rows of the decoder" if model.mlm else
+                                    "dot product of [CLS] and the label words' embeddings (the model has no MLM head)"))
+    print(f"parameters  {rest:,} frozen, {learned:,} scores, one for each prunable weight" if scores else
+          f"parameters  {rest:,} trained, 0 frozen")
+    if args.method == "threshold":
+        print(f"note        threshold does not enforce --sparsity: sigmoid(S) > {args.tau:g} decides, --lambda steers it")
+
+
+def density_table(masks):
+    """Percent kept of each matrix, layers down and types across, the fuller the darker."""
+    kept = {name: mask.float().mean().item() for name, mask in masks.items()}
+    top = max(kept.values()) or 1
+    lines = ["kept, %  " + "".join(f"{t:>9}" for t in TYPES)]
+    for layer in sorted({name.split(".")[1] for name in masks}, key=int):
+        cells = [kept[f"layers.{layer}.{t}"] for t in TYPES]
+        lines.append(f"layer {layer:>2} " + "".join(f" {SHADES[math.ceil(c / top * (len(SHADES) - 1))] * 2}{100 * c:>6.1f}" for c in cells))
+    of_type = [[mask for name, mask in masks.items() if name.endswith("." + t)] for t in TYPES]
+    lines.append("all      " + "".join(f"{100 * sum(int(m.sum()) for m in group) / sum(m.numel() for m in group):>9.1f}" for group in of_type))
+    return "\n".join(lines)
+
+
+def report(out, masks, final, changed, dense):
+    best, last = final["best"], final["last"]
+    print()
+    if masks:
+        print(density_table(masks))
+        print(f"\nkept {final['kept']:,} of {final['total']:,} weights: sparsity {1 - final['kept'] / final['total']:.6f}")
+    print(f"last   epoch {last['epoch']:<5.4g} {show(last)}")
+    print(f"best   epoch {best['epoch']:<5.4g} {show(best)}   <- saved; chosen on dev itself, so a little flattering")
+    if not dense:
+        print("frozen tensors: every one bit-identical to the checkpoint" if not changed else
+              f"FROZEN TENSORS CHANGED: {', '.join(changed[:3])} ...")
+    print(f"{final['seconds']:.0f} s; {out}/metrics.jsonl and {out}/" + ("model/" if dense else
+          f"mask.safetensors ({(out / 'mask.safetensors').stat().st_size:,} bytes)"))
+
+
+# ---------------------------------------------------------------------------------------------
+
+def main(argv=None):
+    """Runs the command line; returns the final metrics. Bad input, from flag to file, ends in one
+    line on stderr and exit code 2; ctrl-C in exit code 130."""
+    args = parse_args(argv)
+    try:
+        return train(args)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; what was measured so far is in {args.out}", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (ValueError, OSError, FloatingPointError) as error:
+        if args.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
