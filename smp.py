@@ -156,20 +156,20 @@ def keep_counts(scores, sparsity, rule, tau=0.1):
     R = {name: 1.0 if rule == "smp-l" else importance(s).item() for name, s in scores.items()}
     if not all(map(math.isfinite, R.values())):
         raise FloatingPointError("nan among the scores: the run has diverged")
+    R = {name: max(r, 1e-30) for name, r in R.items()}  # a sigmoid that underflowed still has its place in the queue
     quota = {}
     for kind in {name.rpartition(".")[2]: None for name in scores}:
         peers = [name for name in scores if name.rpartition(".")[2] == kind]
         to_share = (1 - sparsity) * sum(size[name] for name in peers)
         while peers:
-            # fsum is exact, so the order of the layers cannot matter
-            k = to_share / (math.fsum(size[name] * R[name] for name in peers) or 1)
+            k = to_share / math.fsum(size[name] * R[name] for name in peers)  # fsum: the same in any order of layers
             full = [name for name in peers if k * R[name] > 1]
             quota |= {name: min(1, k * R[name]) * size[name] for name in full or peers}
             to_share -= sum(size[name] for name in full)
             peers = [name for name in peers if name not in full] if full else []
 
     # Whole numbers that sum to the total: round down, then one more for the largest fractions.
-    quota = {name: round(q, 6) for name, q in quota.items()}  # a 4.9999999999 is a 5
+    quota = {name: round(quota[name], 6) for name in scores}  # a 4.9999999999 is a 5
     counts = {name: math.floor(q) for name, q in quota.items()}
     by_fraction = sorted(counts, key=lambda name: counts[name] - quota[name])
     for name in by_fraction[:total - sum(counts.values())]:
@@ -233,18 +233,33 @@ def distillation_loss(student_logits, teacher_logits, temperature=2.0):
     return temperature ** 2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
-def objective(logits, labels, scores, pull, teacher_logits=None, temperature=2.0, teacher_weight=0.5):
-    """What is minimised (Eq. 6): returns (total, task loss), two scalars.
+def objective(logits, labels, teacher_logits=None, temperature=2.0, teacher_weight=0.5):
+    """What the task asks for, a scalar; what the regulariser asks for is added to its gradient:
 
-        L = L_task + pull * R(S)                                       without a teacher
-        L = (1 - a) L_task + a L_distil + pull * R(S)                  with one, a = teacher_weight
+        L = L_task                            + lambda R(S)     (Eq. 6)
+        L = (1 - a) L_task + a L_distil       + lambda R(S)     with a teacher, a = teacher_weight"""
+    loss = task_loss(logits, labels)
+    if teacher_logits is None:
+        return loss
+    return (1 - teacher_weight) * loss + teacher_weight * distillation_loss(logits, teacher_logits, temperature)
 
-    `pull` is lambda at this step."""
-    task = task_loss(logits, labels)
-    total = task + pull * regularizer(scores) if scores else task  # dense training has no scores
-    if teacher_logits is not None:
-        total = total + teacher_weight * (distillation_loss(logits, teacher_logits, temperature) - task)
-    return total, task
+
+def balanced_lambda(scores, pull):
+    """The lambda for this step, a scalar tensor, read off the task gradient g now in scores.grad:
+
+        lambda = pull * 4 N rms(g)
+
+    so that a score at 0, where sigmoid' = 1/4, is pulled down `pull` times as hard as the task
+    pushes a typical score about.
+
+    Adam divides a gradient by its own size, so the scale of the loss means nothing to the scores;
+    all that counts is the regulariser's size against the task's. Alone, Adam would move every
+    score at one speed, noise or not. Under a common pull as large as the noise, a score moves by
+    its task gradient *in proportion*. The paper's constant 400 is about this balance for BERT-base
+    with 85M weights; gradients per weight being larger in smaller networks, and vanishing where a
+    task is solved, 400 is too little or far too much elsewhere."""
+    n = sum(s.numel() for s in scores.values())
+    return 4 * pull * math.sqrt(n) * nn.utils.get_total_norm([s.grad for s in scores.values()])
 
 
 # ---------------------------------------------------------------------------------------------

@@ -79,7 +79,9 @@ def parse_args(argv):
     g = p.add_argument_group("the method")
     g.add_argument("--lr", type=positive, metavar="LR", help="peak learning rate, falls linearly to 0 "
                    "(default: 2e-2 for scores, 3e-5 for fine-tuning)")
-    g.add_argument("--lambda", type=positive, default=400.0, dest="lam", metavar="L", help="weight of the sparsity regulariser")
+    g.add_argument("--pull", type=positive, default=1.0, metavar="P", help="strength of the sparsity regulariser, in units of "
+                   "the task gradient; sets lambda at each step")
+    g.add_argument("--lambda", type=positive, dest="lam", metavar="L", help="a constant lambda instead of --pull; the paper's is 400")
     g.add_argument("--ramp", type=number(0, 1), default=0.5, metavar="F", help="fraction of the steps in which sparsity grows")
     g.add_argument("--init", choices=["zero", "magnitude"], default="magnitude", help="scores to start from")
     g.add_argument("--dropout", type=number(0, 1, closed=False), default=0.0, metavar="P", help="dropout while training")
@@ -241,31 +243,36 @@ def train(args):
     training = time.monotonic()
     with tqdm(total=args.steps, dynamic_ncols=True, bar_format="{n}/{total} |{bar}| {postfix} eta {remaining}") as bar:
         for step, batch in enumerate(repeat_epochs(train_set, args, order), start=1):
-            set_keep(layers, smp.sparsity_at(step - 1, args.ramp_steps, args.sparsity), args)
+            if layers:
+                set_keep(layers, smp.sparsity_at(step - 1, args.ramp_steps, args.sparsity), args)
             logits = forward(model, batch, label_ids, args)
-            loss, task_loss = smp.objective(
-                logits, batch["labels"].to(args.device), scores, args.lam * smp.sparsity_at(step - 1, args.steps, 1.0),
+            loss = smp.objective(
+                logits, batch["labels"].to(args.device),
                 None if teacher_logits is None else teacher_logits[batch["index"]].to(args.device),
                 args.temperature, args.teacher_weight)
             loss.backward()
+            if layers:
+                lam = smp.balanced_lambda(scores, args.pull) if args.lam is None else args.lam
+                (lam * smp.sparsity_at(step - 1, args.steps, 1.0) * smp.regularizer(scores)).backward()
             optimizer.step()
             optimizer.zero_grad()
             decay.step()
 
             if step % 20 == 0 or step == args.steps:  # now and then, since reading the loss waits for the device
-                if not math.isfinite(task_loss):
-                    raise FloatingPointError(f"step {step}: the loss is {task_loss:g}, the run has diverged; "
-                                             "try a smaller --lr")
-                bar.set_postfix_str(f"loss {task_loss:.3f}  sparsity {sparsity_of(masks_of(layers)):.4f}  lr {decay.get_last_lr()[0]:.1e}  "
+                value = loss.item()
+                if not math.isfinite(value):
+                    raise FloatingPointError(f"step {step}: the loss is {value}, the run has diverged; try a smaller --lr")
+                bar.set_postfix_str(f"loss {value:.3f}  sparsity {sparsity_of(masks_of(layers)):.3f}  lr {decay.get_last_lr()[0]:.1e}  "
                                     f"{step * args.batch_size / (time.monotonic() - training):.0f} ex/s", refresh=False)
                 bar.update(step - bar.n)
             if step % args.eval_every == 0 or step == args.steps:
-                set_keep(layers, smp.sparsity_at(step, args.ramp_steps, args.sparsity), args)
+                if layers:
+                    set_keep(layers, smp.sparsity_at(step, args.ramp_steps, args.sparsity), args)
                 masks = masks_of(layers)
                 with smp.folded(layers, masks):
                     metrics = evaluate(model, dev_sets, task, label_ids, args)
                 last = {"step": step, "epoch": step / args.epoch_steps, "sparsity": sparsity_of(masks), **metrics}
-                log("eval", **last, loss=task_loss.item())
+                log("eval", **last, loss=loss.item())
                 bar.write(f"epoch {last['epoch']:<5.4g} sparsity {last['sparsity']:.4f}  {show(metrics)}")
                 # Before the target sparsity is reached a mask is not yet what was asked for.
                 if step >= args.ramp_steps and (best is None or metrics["score"] > best["score"]):

