@@ -43,6 +43,7 @@ import train
 
 settings.register_profile("book", deadline=None, max_examples=150, derandomize=True, database=None)
 settings.load_profile("book")
+torch.set_num_threads(1)  # matrices this small are slower on two
 HERE = Path(__file__).parent
 GLUE = Path(os.environ.get("GLUE_DATA", HERE / "glue"))  # the real TSVs, where somebody has them
 
@@ -282,6 +283,14 @@ def test_gradient_reaches_the_scores_alone():
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
     assert with_gradient == {f"{name}.scores" for name in layers}
     assert len(layers) == 6 * 5 and all(layer.scores.grad.abs().sum() > 0 for layer in layers.values())
+
+
+def test_initial_scores_order_the_weights_by_size_on_one_scale():
+    weight = torch.randn(40, 50)
+    scores = smp.initial_scores(weight, "magnitude")
+    assert torch.equal(smp.topk_mask(scores, 300), smp.topk_mask(weight.abs(), 300))
+    assert torch.allclose(smp.initial_scores(1000 * weight, "magnitude"), scores)   # every matrix on the same scale
+    assert not smp.initial_scores(weight, "zero").any()
 
 
 def test_any_module_with_linears_can_be_pruned():
@@ -916,14 +925,20 @@ def log_of(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("method", [*smp.RULES])
-def test_every_rule_learns_with_all_weights_frozen(world, method):
-    final = world("--method", method, "--epochs", "6")
-    evaluations = [line for line in log_of(world.folder / "run") if line["event"] == "eval"]
-    assert evaluations[-1]["loss"] < 0.3 and final["metrics"]["accuracy"] >= 0.95
-    assert final["frozen_unchanged"] is True
-    if method != "threshold":
-        assert final["kept"] == round(0.5 * final["total"])
+@pytest.mark.parametrize("method", ["smp-s", "smp-l", "global"])
+def test_the_loss_falls_with_all_weights_frozen(world, method):
+    final = world("--method", method, "--epochs", "8", "--lr", "0.05")
+    losses = [line["loss"] for line in log_of(world.folder / "run") if line["event"] == "eval"]
+    assert losses[-1] < 0.3 < losses[0] and final["metrics"]["accuracy"] >= 0.95
+    assert final["frozen_unchanged"] is True and final["kept"] == round(0.5 * final["total"])
+
+
+def test_the_threshold_rule_counts_what_it_reached(world, capsys):
+    final = world("--method", "threshold", "--tau", "0.5", "--init", "zero")
+    assert "does not enforce --sparsity" in capsys.readouterr().out
+    masks, metadata = smp.load_masks(world.folder / "run/mask.safetensors")
+    reached = 1 - sum(int(mask.sum()) for mask in masks.values()) / final["total"]
+    assert 0 < reached < 1 and metadata["metrics"]["sparsity"] == pytest.approx(reached)
 
 
 def test_two_runs_are_equal_and_another_seed_is_not(world):
@@ -966,7 +981,7 @@ def test_a_regression_learns(world):
     rows = [f"{i}\t{'b' if i % 2 else 'a c'}\t{'good film' if i % 3 else 'bad film'}\t{5.0 if i % 3 else 1.0}" for i in range(120)]
     for split in ("train", "dev"):
         write(world.folder / f"glue/STS-B/{split}.tsv", "\n".join(["index\tsentence1\tsentence2\tscore", *rows]))
-    assert world("--epochs", "6", task="stsb")["metrics"]["pearson"] > 0.9
+    assert world("--epochs", "8", "--lr", "0.05", task="stsb")["metrics"]["pearson"] > 0.9
 
 
 def test_mnli_reports_both_dev_sets(world):
@@ -989,7 +1004,7 @@ def test_a_fine_tuned_teacher_and_its_student(world):
 def test_a_run_is_not_overwritten_unasked(world, capsys):
     world("--epochs", "1")
     before = (world.folder / "run/metrics.jsonl").read_text()
-    assert fails(world, "--epochs", "1", capsys=capsys).startswith("error: ") and "--overwrite" in capsys.readouterr().err or True
+    assert "--overwrite" in fails(world, "--epochs", "1", capsys=capsys)
     assert (world.folder / "run/metrics.jsonl").read_text() == before
     world("--epochs", "1", "--overwrite")
 
@@ -999,7 +1014,7 @@ def fails(run, *flags, capsys, code=2, **kwargs):
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit:
         run(*flags, **kwargs)
-    lines = [line for line in capsys.readouterr().err.split("\n") if line.strip()]
+    lines = [line for line in capsys.readouterr().err.split("\n") if line.strip() and " eta " not in line]  # not the bar
     assert exit.value.code == code and len(lines) == 1 and lines[0].startswith("error: ") and "Traceback" not in lines[0]
     return lines[0]
 
@@ -1050,8 +1065,9 @@ def test_ctrl_c_ends_quietly(world):
 def test_a_model_comes_from_the_hub(world, tmp_path, monkeypatch):
     """The real huggingface_hub against a server on 127.0.0.1, into its ordinary cache."""
     files = {f"/tiny/bert/resolve/{'0' * 40}/{path.name}": path.read_bytes() for path in (world.folder / "model").iterdir()}
-    files["/api/models/tiny/bert/revision/main"] = json.dumps(
-        {"id": "tiny/bert", "sha": "0" * 40, "siblings": [{"rfilename": Path(name).name} for name in files]}).encode()
+    tree = [{"type": "file", "path": Path(name).name, "size": len(content), "oid": "0"} for name, content in files.items()]
+    files[f"/api/models/tiny/bert/tree/{'0' * 40}"] = json.dumps(tree).encode()
+    files["/api/models/tiny/bert/revision/main"] = json.dumps({"id": "tiny/bert", "sha": "0" * 40}).encode()
     with server(files) as url:
         environment = os.environ | {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
         environment.pop("HF_HUB_OFFLINE", None)

@@ -54,6 +54,16 @@ def number(low, high, kind=float, closed=True):
     return parse
 
 
+def device(string):
+    """An argparse type: the name of a device that works on this machine."""
+    try:
+        torch.empty(1, device=string)
+    except (RuntimeError, AssertionError) as error:  # torch raises either for a device it was not built for
+        reason = str(error).partition("\n")[0]
+        raise argparse.ArgumentTypeError(f"no device {string!r} here ({reason})") from None
+    return string
+
+
 def parse_args(argv):
     p = Parser(prog="train.py", description=__doc__.partition("\n")[0],
                formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
@@ -92,7 +102,7 @@ def parse_args(argv):
     g.add_argument("--max-length", type=number(4, math.inf, int), default=128, metavar="T", help="longest input, in tokens")
     g = p.add_argument_group("the machine")
     g.add_argument("--seed", type=number(0, 2**63 - 1, int), default=0, help="of dropout and of the order of the examples")
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    g.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     g.add_argument("--precision", choices=["fp32", "bf16"], metavar="P",
                    help="of the matrix products; scores stay float32 (default: bf16 on cuda, else fp32)")
     g.add_argument("--debug", action="store_true", help="show the traceback of an error")
