@@ -8,8 +8,9 @@ files are missing, fetch() gets them from their official places.
 Letters:  N examples   B batch   T tokens, of the longest member of a batch   C classes
 """
 
+import json
 import os
-import shutil
+import random
 import tempfile
 import urllib.request
 import zipfile
@@ -65,6 +66,7 @@ TASKS = {
     "rte": Task("RTE", ("sentence1", "sentence2"), "label", archive="RTE", **YES_NO),
     "wnli": Task("WNLI", ("sentence1", "sentence2"), "label", ("0", "1"), ("No", "Yes"), ("accuracy",),
                  archive="WNLI"),
+    "demo": Task("DEMO", ("sentence",), "label", ("0", "1"), ("terrible", "great"), ("accuracy",)),
 }
 
 
@@ -155,7 +157,6 @@ def load_tokenizer(folder):
         raise FileNotFoundError(f"{vocab}: no such file, and no tokenizer.json; a model folder needs one of the two")
     lower = True
     if config.is_file():
-        import json
         lower = json.loads(config.read_text("utf-8")).get("do_lower_case", True)
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece.from_file(str(vocab), unk_token="[UNK]"))
     tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=lower)
@@ -271,6 +272,61 @@ def evaluate_metrics(task, logits, labels):
     """Logits (N, C), labels (N,) -> {metric: value}, all as fractions of 1."""
     predicted = logits[:, 0] if task.regression else logits.argmax(1)
     return {name: METRICS[name](predicted, labels) for name in task.metrics}
+
+
+# ---------------------------------------------------------------------------------------------
+# The demo: a small language of film reviews, for machines without network, data or patience
+# ---------------------------------------------------------------------------------------------
+
+NOUNS = "film plot story script acting cast music ending camera dialogue humour hero".split()
+GOOD = "brilliant charming clever elegant fresh funny gripping lively moving witty".split()
+BAD = "awkward boring clumsy dull flat messy shallow silly tedious weak".split()
+PLAIN = ("the {} was {}", "the {} was really {}", "the {} was rather {}", "i found the {} {}",
+         "everybody found the {} {}", "the {} felt {}")
+NEGATED = ("the {} was not {}", "the {} was not at all {}", "the {} was never {}", "i never found the {} {}",
+           "nobody found the {} {}", "the {} was hardly {}")
+OPENERS = ("", "", "", "honestly , ", "for me ", "well , ", "i must say ", "as always ")
+VERDICTS = ("it was {}", "overall it was {}", "simply {}", "what a {} film")
+
+
+def write_demo(folder, seed=0, sizes=(("test", 1000), ("dev", 1000), ("train", 8000)), n_corpus=16_000):
+    """Writes a made-up task in SST-2's layout, folder/DEMO/{train,dev,test}.tsv, and what a BERT
+    learns its language from: corpus.txt, a text a line, and vocab.txt.
+
+    Words alone do not tell: "hardly dull" is praise. The corpus has no labels, but each of its
+    reviews ends in a verdict, "... . overall it was great", so that the label words occur where
+    they belong. No sentence of dev or test is in train or in the corpus."""
+    rng = random.Random(seed)
+    held_out = set()
+
+    def review():
+        """A sentence that dev and test do not hold, and whether it is praise."""
+        while True:
+            good, negated = rng.random() < 0.5, rng.random() < 0.25
+            text = rng.choice(OPENERS) + rng.choice(NEGATED if negated else PLAIN).format(
+                rng.choice(NOUNS), rng.choice(GOOD if good != negated else BAD))
+            if text not in held_out:
+                return text, good
+
+    folder = Path(folder)
+    (folder / "DEMO").mkdir(parents=True, exist_ok=True)
+    for split, size in sizes:
+        header = "index\tsentence" if split == "test" else "sentence\tlabel"
+        rows = []
+        for i in range(size):
+            text, good = review()
+            if split != "train":
+                held_out.add(text)
+            rows.append(f"{i}\t{text}" if split == "test" else f"{text}\t{int(good)}")
+        (folder / f"DEMO/{split}.tsv").write_text("\n".join([header, *rows]) + "\n", "utf-8")
+    corpus = []
+    for _ in range(n_corpus):
+        text, good = review()
+        corpus.append(f"{text} . " + rng.choice(VERDICTS).format("great" if good else "terrible"))
+    letters = "abcdefghijklmnopqrstuvwxyz"  # any other word can be spelled with them, as in BERT's own vocabulary
+    words = sorted({*" ".join(corpus).split(), *letters}) + [f"##{letter}" for letter in letters]
+    (folder / "corpus.txt").write_text("\n".join(corpus) + "\n", "utf-8")
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]) + "\n", "utf-8")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -26,6 +25,7 @@ import data
 import smp
 
 TYPES = "QKVOUD"
+BAR = "{desc:<12}{n:>6}/{total} |{bar}| {postfix} {remaining} left"
 SHADES = " ░▒▓█"
 
 
@@ -69,16 +69,17 @@ def parse_args(argv):
                formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     positive, whole = number(0, math.inf), number(1, math.inf, int)
     g = p.add_argument_group("what")
-    g.add_argument("--task", choices=data.TASKS, required=True, help="the GLUE task")
+    g.add_argument("--task", choices=data.TASKS, default="demo", help="a GLUE task, or demo: made up on the spot, nothing downloaded")
     g.add_argument("--sparsity", type=number(0, 1, closed=False), default=0.9, metavar="V",
                    help="fraction of the prunable weights to REMOVE; 0.9 keeps one in ten")
     g.add_argument("--method", choices=[*smp.RULES, "finetune"], default="smp-s",
                    help="masking function of Table 3, or dense fine-tuning (which writes a model folder)")
-    g.add_argument("--model", default="bert-base-uncased", metavar="M",
-                   help="a local folder (config.json, model.safetensors, vocab.txt or tokenizer.json) or a hub name")
+    g.add_argument("--model", metavar="M", help="a local folder (config.json, model.safetensors, vocab.txt or tokenizer.json) or a "
+                   "hub name (default: bert-base-uncased; of the demo: demo/model)")
     g.add_argument("--teacher", metavar="DIR", help="model folder of a fine-tuned teacher to distil from")
     g = p.add_argument_group("where")
-    g.add_argument("--data", default="glue", metavar="DIR", help="folder of GLUE's task folders; fetched if absent")
+    g.add_argument("--data", metavar="DIR", help="folder of GLUE's task folders; a task that is not there is fetched "
+                   "(default: glue; of the demo: demo)")
     g.add_argument("--out", metavar="DIR", help="folder of the run (default: runs/TASK-METHOD-SPARSITY-sSEED)")
     g.add_argument("--overwrite", action="store_true", help="start over in a folder that already holds a run")
     g = p.add_argument_group("how long (the defaults are the paper's and depend on the number of training examples)")
@@ -107,10 +108,16 @@ def parse_args(argv):
                    help="of the matrix products; scores stay float32 (default: bf16 on cuda, else fp32)")
     g.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = p.parse_args(argv)
-    if args.method == "finetune":
-        args.sparsity = 0.0
-    args.lr = args.lr or (3e-5 if args.method == "finetune" else 2e-2)
+    if args.method == "finetune":  # nothing is removed, from the first step on
+        args.sparsity = args.ramp = 0.0
+    if args.lr is None:
+        args.lr = 3e-5 if args.method == "finetune" else 2e-2
     args.precision = args.precision or ("bf16" if args.device.startswith("cuda") else "fp32")
+    if args.task == "demo":
+        args.epochs, args.data = args.epochs or 2, args.data or "demo"
+        args.model = args.model or f"{args.data}/model"
+        args.overwrite = args.overwrite or args.out is None  # a demo is there to be run again
+    args.data, args.model = args.data or "glue", args.model or "bert-base-uncased"
     args.out = args.out or f"runs/{args.task}-{args.method}-{args.sparsity:g}-s{args.seed}"
     return args
 
@@ -119,8 +126,15 @@ def parse_args(argv):
 # One run
 # ---------------------------------------------------------------------------------------------
 
+def prunable(model):
+    """The names of the six matrices of each layer: not the embeddings, not the head."""
+    return [name for name, m in model.named_modules() if name.startswith("layers.") and isinstance(m, nn.Linear)]
+
+
 def set_keep(layers, sparsity, args):
     """Decides how many weights each matrix keeps from here on, by the rule of the method."""
+    if not layers:  # dense training
+        return
     scores = {name: layer.scores for name, layer in layers.items()}
     for name, n_keep in smp.keep_counts(scores, sparsity, args.method, args.tau).items():
         layers[name].n_keep = n_keep
@@ -166,7 +180,10 @@ def load(folder, task, args):
                          f"only {model.config.vocab_size} rows")
     if args.max_length > model.config.max_position_embeddings:
         raise ValueError(f"--max-length {args.max_length}: this model has {model.config.max_position_embeddings} positions")
-    return model, tokenizer, data.label_ids(tokenizer, task.words).to(args.device)
+    try:
+        return model, tokenizer, data.label_ids(tokenizer, task.words).to(args.device)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
 
 
 def resolve_sizes(args, n):
@@ -206,6 +223,23 @@ class Log:
         print(json.dumps({"event": event} | entry), file=self.file, flush=True)
 
 
+def train_step(model, layers, optimizer, batch, teacher_logits, label_ids, step, args):
+    """One step, number `step` counted from 0: returns the loss before it, a scalar tensor."""
+    scores = {name: layer.scores for name, layer in layers.items()}
+    set_keep(layers, smp.sparsity_at(step, args.ramp_steps, args.sparsity), args)
+    logits = forward(model, batch, label_ids, args)             # each layer makes its mask and uses W' = W * M
+    loss = smp.objective(logits, batch["labels"].to(args.device), teacher_logits, args.temperature, args.teacher_weight)
+    loss.backward()                                             # now scores.grad is dL/dW' * W
+    if layers:
+        lam = smp.balanced_lambda(scores, args.pull) if args.lam is None else args.lam
+        # The paper ramps lambda with the sparsity, v_t / v_f; its code over the whole run, as here.
+        ramp = smp.sparsity_at(step, args.steps, 1.0)
+        (lam * ramp * smp.regularizer(scores)).backward()       # adds lambda dR/dS
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
 def train(args):
     """Runs one method on one task; returns the final metrics. Everything is written to args.out."""
     started = time.monotonic()
@@ -234,9 +268,7 @@ def train(args):
     order = torch.Generator().manual_seed(args.seed)
     model.set_dropout(args.dropout)
     dense = args.method == "finetune"
-    names = [name for name, m in model.named_modules() if name.startswith("layers.") and isinstance(m, nn.Linear)]
-    layers = {} if dense else smp.prune(model, names, args.init)
-    scores = {name: layer.scores for name, layer in layers.items()}
+    layers = {} if dense else smp.prune(model, prunable(model), args.init)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr,
                                   weight_decay=0.01 if dense else 0, fused=True)
     warmup = args.steps // 10 if dense else 0  # early large steps could wreck weights; scores come to no harm
@@ -244,40 +276,32 @@ def train(args):
         optimizer, lambda t: min((t + 1) / (warmup + 1), 1) * (1 - t / args.steps))
 
     out.mkdir(parents=True, exist_ok=True)
+    (out / "mask.safetensors").unlink(missing_ok=True)  # of the run that is being overwritten
     log = Log(out / "metrics.jsonl")
     log("settings", **vars(args), torch=torch.__version__)
-    introduce(args, task, model, scores, tokenizer, train_set)
+    introduce(args, task, model, layers, tokenizer, train_set)
 
     best = last = None
     model.train()
     training = time.monotonic()
-    with tqdm(total=args.steps, dynamic_ncols=True, bar_format="{n}/{total} |{bar}| {postfix} eta {remaining}") as bar:
+    with tqdm(total=args.steps, desc=args.method, dynamic_ncols=True, bar_format=BAR) as bar:
         for step, batch in enumerate(repeat_epochs(train_set, args, order), start=1):
-            if layers:
-                set_keep(layers, smp.sparsity_at(step - 1, args.ramp_steps, args.sparsity), args)
-            logits = forward(model, batch, label_ids, args)
-            loss = smp.objective(
-                logits, batch["labels"].to(args.device),
-                None if teacher_logits is None else teacher_logits[batch["index"]].to(args.device),
-                args.temperature, args.teacher_weight)
-            loss.backward()
-            if layers:
-                lam = smp.balanced_lambda(scores, args.pull) if args.lam is None else args.lam
-                (lam * smp.sparsity_at(step - 1, args.steps, 1.0) * smp.regularizer(scores)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            asked = None if teacher_logits is None else teacher_logits[batch["index"]].to(args.device)
+            try:
+                loss = train_step(model, layers, optimizer, batch, asked, label_ids, step - 1, args)
+                # Now and then only, since reading the loss waits for the device.
+                if (step % 20 == 0 or step == args.steps) and not math.isfinite(loss.item()):
+                    raise FloatingPointError(f"the loss is {loss.item()}, the run has diverged")
+            except FloatingPointError as error:
+                raise FloatingPointError(f"step {step}: {error}; what was saved in {out} before is good; "
+                                         "try a smaller --lr") from None
             decay.step()
-
-            if step % 20 == 0 or step == args.steps:  # now and then, since reading the loss waits for the device
-                value = loss.item()
-                if not math.isfinite(value):
-                    raise FloatingPointError(f"step {step}: the loss is {value}, the run has diverged; try a smaller --lr")
-                bar.set_postfix_str(f"loss {value:.3f}  sparsity {sparsity_of(masks_of(layers)):.3f}  lr {decay.get_last_lr()[0]:.1e}  "
+            if step % 20 == 0 or step == args.steps:
+                bar.set_postfix_str(f"loss {loss.item():.3f}  sparsity {sparsity_of(masks_of(layers)):.3f}  lr {decay.get_last_lr()[0]:.1e}  "
                                     f"{step * args.batch_size / (time.monotonic() - training):.0f} ex/s", refresh=False)
                 bar.update(step - bar.n)
             if step % args.eval_every == 0 or step == args.steps:
-                if layers:
-                    set_keep(layers, smp.sparsity_at(step, args.ramp_steps, args.sparsity), args)
+                set_keep(layers, smp.sparsity_at(step, args.ramp_steps, args.sparsity), args)
                 masks = masks_of(layers)
                 with smp.folded(layers, masks):
                     metrics = evaluate(model, dev_sets, task, label_ids, args)
@@ -293,13 +317,25 @@ def train(args):
     changed = changed_tensors(model, base)
     seconds = time.monotonic() - started
     final = {"best": best, "last": last, "metrics": {name: best[name] for name in best if name not in ("step", "epoch", "sparsity")},
-             "seconds": round(seconds, 1), "frozen_unchanged": not changed}
+             "seconds": round(seconds, 1), "peak_mb": round(peak_mb(args)), "frozen_unchanged": not changed}
     if layers:
         masks = smp.load_masks(out / "mask.safetensors")[0]
         final |= {"kept": sum(int(mask.sum()) for mask in masks.values()), "total": sum(mask.numel() for mask in masks.values())}
     log("final", **final)
     report(out, masks if layers else {}, final, changed, dense)
     return final
+
+
+def peak_mb(args):
+    """The most memory the run has held, in MB: on the GPU if it ran there, else of the process."""
+    if args.device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(args.device) / 1e6
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024  # what getrusage counts in
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def changed_tensors(model, base):
@@ -323,6 +359,86 @@ def save(out, base, task, model, masks, args, metrics):
 
 
 # ---------------------------------------------------------------------------------------------
+# The demo: a BERT of our own, and the lesson in one table
+# ---------------------------------------------------------------------------------------------
+
+def prepare_demo(folder):
+    """Writes the made-up task and pre-trains a tiny BERT on its language, unless both are there."""
+    folder = Path(folder)
+    if not (folder / "model/model.safetensors").is_file():
+        print(f"demo        first run: writing a small language to {folder}/ and pre-training a BERT on it")
+        data.write_demo(folder)
+        pretrain(folder)
+
+
+def pretrain(folder, steps=500, batch_size=64, lr=4e-4, seed=0):
+    """Masked-language modelling from scratch on folder/corpus.txt -> folder/model.
+
+    30 % of the words are hidden and the MLM head must name them. In BERT, [CLS] learned to speak
+    for its sentence by next-sentence prediction; here it must name a word of its sentence, drawn at
+    random. Without that it would learn nothing, and a head on top of it would have nothing to read."""
+    torch.manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
+    tokenizer = data.load_tokenizer(folder)
+    corpus = data.encode(tokenizer, (folder / "corpus.txt").read_text("utf-8").splitlines(), None, 64)
+    model = bert.Bert(bert.Config(vocab_size=tokenizer.get_vocab_size(), hidden_size=256, num_hidden_layers=2,
+                                  num_attention_heads=4, intermediate_size=1024, max_position_embeddings=128))
+    model.set_dropout(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min((t + 1) / (steps / 10), 1 - t / steps))
+    endless = (batch for _ in iter(int, 1) for batch in data.batches(corpus, batch_size, rng))
+    with tqdm(total=steps, desc="pre-training", dynamic_ncols=True, bar_format=BAR) as bar:
+        for step, batch in zip(range(1, steps + 1), endless):
+            ids = batch["input_ids"]                                            # (B, T)
+            is_word = ids > tokenizer.token_to_id("[MASK]")                     # the special tokens come first
+            hidden = is_word & (torch.rand(ids.shape, generator=rng) < 0.3)
+            target = ids.clone()
+            target[:, 0] = ids.gather(1, (torch.rand(ids.shape, generator=rng) * is_word).argmax(1, keepdim=True))[:, 0]
+            asked = hidden.clone()
+            asked[:, 0] = True
+            states = model(ids.masked_fill(hidden, tokenizer.token_to_id("[MASK]")), batch["attention_mask"])
+            loss = nn.functional.cross_entropy(model.mlm_logits(states[asked]), target[asked])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            decay.step()
+            if step % 20 == 0:
+                bar.set_postfix_str(f"loss {loss.item():.3f} ", refresh=False)
+                bar.update(step - bar.n)
+    bert.save_pretrained(model, folder / "model")
+    shutil.copy(folder / "vocab.txt", folder / "model")
+
+
+def compare(args, learned):
+    """Prints what the learned mask is worth, beside other things one can do with the same weights."""
+    task = data.TASKS[args.task]
+    model, tokenizer, label_ids = load(args.model, task, args)
+    dev = {"dev": data.encode(tokenizer, *data.read_split(task, args.data, "dev"), args.max_length)}
+
+    def accuracy():
+        return evaluate(model, dev, task, label_ids, args)["accuracy"]
+    rows = [("chance: always the commoner label", max(np.bincount(dev["dev"].labels)) / len(dev["dev"])),
+            ("the frozen model, nothing pruned", accuracy())]
+    torch.manual_seed(args.seed)
+    layers = smp.prune(model, prunable(model))
+    for kind, score in (("a random mask", torch.rand_like), ("a magnitude mask: the largest weights", torch.abs)):
+        scores = {name: score(layer.weight) for name, layer in layers.items()}
+        counts = smp.keep_counts(scores, args.sparsity, "smp-l")
+        with smp.folded(layers, {name: smp.topk_mask(s, counts[name]) for name, s in scores.items()}):
+            rows.append((kind, accuracy()))
+    rows.append(("the learned mask", learned["metrics"]["accuracy"]))
+    dense = parse_args(["--task", "demo", "--method", "finetune", "--epochs", "1", "--lr", "3e-4", "--out", f"{args.out}/dense",
+                        "--data", args.data, "--model", args.model, "--seed", str(args.seed), "--overwrite"])
+    with contextlib.redirect_stdout(None):
+        rows.append(("dense fine-tuning, every weight trained", train(dense)["metrics"]["accuracy"]))
+    print(f"\naccuracy on dev; the three masks remove {args.sparsity:.0%} of the weights and change none")
+    for what, value in rows:
+        print(f"  {what:<40} {value:.3f}  {'█' * round(30 * value)}")
+    print("\nThe frozen weights already hold a classifier; it is hidden among the others. Neither chance nor\n"
+          "size finds it. Asking the task of each weight \"stay or go?\", and nothing else, does.")
+
+
+# ---------------------------------------------------------------------------------------------
 # What a person sees
 # ---------------------------------------------------------------------------------------------
 
@@ -331,10 +447,10 @@ def show(metrics):
                      if name not in ("step", "epoch", "sparsity") and not (name == "score" and len(metrics) == 2))
 
 
-def introduce(args, task, model, scores, tokenizer, train_set):
+def introduce(args, task, model, layers, tokenizer, train_set):
     """What this run is, before its first step."""
     text, label = tokenizer.decode(train_set.ids[0], skip_special_tokens=False), train_set.labels[0]
-    learned = sum(s.numel() for s in scores.values())
+    learned = sum(layer.scores.numel() for layer in layers.values())
     rest = sum(p.numel() for p in model.parameters()) - learned
     hidden = ("debug", "overwrite")
     print("settings    " + " ".join(f"{key}={value}" for key, value in vars(args).items()
@@ -342,7 +458,7 @@ def introduce(args, task, model, scores, tokenizer, train_set):
     print(f"example     {text} -> " + (f"{label:g}" if task.regression else f"{task.words[label]!r}"))
     print("head        frozen: " + ("the MLM transform and the label words' rows of the decoder" if model.mlm else
                                     "dot product of [CLS] and the label words' embeddings (the model has no MLM head)"))
-    print(f"parameters  {rest:,} frozen, {learned:,} scores, one for each prunable weight" if scores else
+    print(f"parameters  {rest:,} frozen, {learned:,} scores, one for each prunable weight" if layers else
           f"parameters  {rest:,} trained, 0 frozen")
     if args.method == "threshold":
         print(f"note        threshold does not enforce --sparsity: sigmoid(S) > {args.tau:g} decides, --lambda steers it")
@@ -372,7 +488,7 @@ def report(out, masks, final, changed, dense):
     if not dense:
         print("frozen tensors: every one bit-identical to the checkpoint" if not changed else
               f"FROZEN TENSORS CHANGED: {', '.join(changed[:3])} ...")
-    print(f"{final['seconds']:.0f} s; {out}/metrics.jsonl and {out}/" + ("model/" if dense else
+    print(f"{final['seconds']:.0f} s, {final['peak_mb']:,} MB at most; {out}/metrics.jsonl and {out}/" + ("model/" if dense else
           f"mask.safetensors ({(out / 'mask.safetensors').stat().st_size:,} bytes)"))
 
 
@@ -383,7 +499,12 @@ def main(argv=None):
     line on stderr and exit code 2; ctrl-C in exit code 130."""
     args = parse_args(argv)
     try:
-        return train(args)
+        if args.task == "demo":
+            prepare_demo(args.data)
+        final = train(args)
+        if args.task == "demo" and args.method in smp.RULES:
+            compare(args, final)
+        return final
     except KeyboardInterrupt:
         print(f"\ninterrupted; what was measured so far is in {args.out}", file=sys.stderr)
         raise SystemExit(130) from None
