@@ -302,7 +302,7 @@ def write_demo(folder, seed=0, sizes=(("test", 1000), ("dev", 1000), ("train", 8
     def review():
         """A sentence that dev and test do not hold, and whether it is praise."""
         while True:
-            good, negated = rng.random() < 0.5, rng.random() < 0.25
+            good, negated = rng.random() < 0.5, rng.random() < 0.2
             text = rng.choice(OPENERS) + rng.choice(NEGATED if negated else PLAIN).format(
                 rng.choice(NOUNS), rng.choice(GOOD if good != negated else BAD))
             if text not in held_out:

@@ -253,11 +253,11 @@ def balanced_lambda(scores, pull):
     pushes a typical score about.
 
     Adam divides a gradient by its own size, so the scale of the loss means nothing to the scores;
-    all that counts is the regulariser's size against the task's. Alone, Adam would move every
-    score at one speed, noise or not. Under a common pull as large as the noise, a score moves by
-    its task gradient *in proportion*. The paper's constant 400 is about this balance for BERT-base
-    with 85M weights; gradients per weight being larger in smaller networks, and vanishing where a
-    task is solved, 400 is too little or far too much elsewhere."""
+    what counts is the regulariser's size against the task's. Alone, Adam would move every score at
+    one speed, noise or not. Under a common pull as large as the noise, a score moves in proportion
+    to its task gradient instead. The paper's constant, 400, was chosen for BERT-base and has no
+    reason to fit another size: at the first steps this function gives about 900 for a BERT of 10.6M
+    prunable weights (SST-2) and about 25 for the demo's 1.6M."""
     n = sum(s.numel() for s in scores.values())
     return 4 * pull * math.sqrt(n) * nn.utils.get_total_norm([s.grad for s in scores.values()])
 
@@ -294,14 +294,14 @@ class MaskedLinear(nn.Module):
 
 def initial_scores(weight, init):
     """Scores to start from, float32, shaped like the weight: "zero", the paper's, or "magnitude",
-    |W| in units of twice its standard deviation.
+    |W| over the standard deviation of its matrix.
 
     With zeros the first cuts fall by noise, and a network that was cut blindly teaches its scores
-    little. From magnitudes the first to go are weights that hardly matter. Half a standard
-    deviation is a head start that the task outruns within a few dozen steps of lr 2e-2."""
+    little. From magnitudes the first to go are weights that hardly matter. The head start is small:
+    one standard deviation is what 50 steps at a learning rate of 2e-2 can move a score."""
     if init == "zero":
         return torch.zeros_like(weight, dtype=torch.float32)
-    return weight.float().abs() / (2 * weight.float().std())
+    return weight.float().abs() / weight.float().std()
 
 
 def prune(model, names, init="zero"):

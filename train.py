@@ -90,12 +90,14 @@ def parse_args(argv):
     g = p.add_argument_group("the method")
     g.add_argument("--lr", type=positive, metavar="LR", help="peak learning rate, falls linearly to 0 "
                    "(default: 2e-2 for scores, 3e-5 for fine-tuning)")
-    g.add_argument("--pull", type=positive, default=1.0, metavar="P", help="strength of the sparsity regulariser, in units of "
-                   "the task gradient; sets lambda at each step")
+    g.add_argument("--pull", type=positive, metavar="P", help="strength of the sparsity regulariser, in units of "
+                   "the task gradient; sets lambda at each step (default: 0.5)")
     g.add_argument("--lambda", type=positive, dest="lam", metavar="L", help="a constant lambda instead of --pull; the paper's is 400")
     g.add_argument("--ramp", type=number(0, 1), default=0.5, metavar="F", help="fraction of the steps in which sparsity grows")
-    g.add_argument("--init", choices=["zero", "magnitude"], default="magnitude", help="scores to start from")
-    g.add_argument("--dropout", type=number(0, 1, closed=False), default=0.0, metavar="P", help="dropout while training")
+    g.add_argument("--init", choices=["zero", "magnitude"], help="scores to start from (default: magnitude, |W| over its "
+                   "matrix's standard deviation; of the demo, whose weights are hardly older than a minute: zero)")
+    g.add_argument("--dropout", type=number(0, 1, closed=False), metavar="P", help="dropout while training (default: 0.1 where half or more of "
+                   "the weights are kept, less in proportion below that)")
     g.add_argument("--tau", type=number(0, 1), default=0.1, metavar="T", help="for --method threshold: keep where sigmoid(S) > T")
     g.add_argument("--temperature", type=number(1e-3, math.inf), default=2.0, metavar="T", help="of the distillation")
     g.add_argument("--teacher-weight", type=number(0, 1), default=0.5, metavar="A",
@@ -113,10 +115,18 @@ def parse_args(argv):
     if args.lr is None:
         args.lr = 3e-5 if args.method == "finetune" else 2e-2
     args.precision = args.precision or ("bf16" if args.device.startswith("cuda") else "fp32")
+    if args.dropout is None:
+        args.dropout = min(0.1, 0.2 * (1 - args.sparsity))
+    if args.init is None:
+        args.init = "zero" if args.task == "demo" else "magnitude"
     if args.task == "demo":
+        if args.lam is None and args.pull is None:
+            args.lam = 1.0
         args.epochs, args.data = args.epochs or 2, args.data or "demo"
         args.model = args.model or f"{args.data}/model"
         args.overwrite = args.overwrite or args.out is None  # a demo is there to be run again
+    if args.pull is None:
+        args.pull = 0.5
     args.data, args.model = args.data or "glue", args.model or "bert-base-uncased"
     args.out = args.out or f"runs/{args.task}-{args.method}-{args.sparsity:g}-s{args.seed}"
     return args
@@ -384,19 +394,19 @@ def pretrain(folder, steps=500, batch_size=64, lr=4e-4, seed=0):
     model = bert.Bert(bert.Config(vocab_size=tokenizer.get_vocab_size(), hidden_size=256, num_hidden_layers=2,
                                   num_attention_heads=4, intermediate_size=1024, max_position_embeddings=128))
     model.set_dropout(0)
+    mask_id = tokenizer.token_to_id("[MASK]")
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min((t + 1) / (steps / 10), 1 - t / steps))
     endless = (batch for _ in iter(int, 1) for batch in data.batches(corpus, batch_size, rng))
     with tqdm(total=steps, desc="pre-training", dynamic_ncols=True, bar_format=BAR) as bar:
         for step, batch in zip(range(1, steps + 1), endless):
             ids = batch["input_ids"]                                            # (B, T)
-            is_word = ids > tokenizer.token_to_id("[MASK]")                     # the special tokens come first
+            is_word = ids > mask_id                                             # the special tokens come first
             hidden = is_word & (torch.rand(ids.shape, generator=rng) < 0.3)
-            target = ids.clone()
-            target[:, 0] = ids.gather(1, (torch.rand(ids.shape, generator=rng) * is_word).argmax(1, keepdim=True))[:, 0]
-            asked = hidden.clone()
-            asked[:, 0] = True
-            states = model(ids.masked_fill(hidden, tokenizer.token_to_id("[MASK]")), batch["attention_mask"])
+            target, asked = ids.clone(), hidden.clone()
+            chosen = (torch.rand(ids.shape, generator=rng) * is_word).argmax(1, keepdim=True)
+            target[:, 0], asked[:, 0] = ids.gather(1, chosen)[:, 0], True
+            states = model(ids.masked_fill(hidden, mask_id), batch["attention_mask"])
             loss = nn.functional.cross_entropy(model.mlm_logits(states[asked]), target[asked])
             loss.backward()
             optimizer.step()
