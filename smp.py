@@ -88,7 +88,7 @@ def _topk(flat, n_keep):
         return torch.full_like(flat, bool(n_keep), dtype=torch.bool)
     threshold = _kth_largest(flat, n_keep)
     mask = flat > threshold
-    still_to_keep = n_keep - int(mask.sum())  # at least 1: the threshold itself is kept
+    still_to_keep = n_keep - int(mask.count_nonzero())  # at least 1: the threshold itself is kept
     mask[(flat == threshold).nonzero()[:still_to_keep, 0]] = True
     return mask
 
@@ -104,7 +104,7 @@ def _kth_largest(flat, k):
         sample = flat[:: n // 4096].sort(descending=True).values
         rank, margin = k * len(sample) // n, 3 * math.isqrt(len(sample))  # 6 standard errors of a rank, or more
         high, low = sample[max(rank - margin, 0)], sample[min(rank + margin, len(sample) - 1)]
-        above = int((flat > high).sum())
+        above = int((flat > high).count_nonzero())
         inside = flat[(flat >= low) & (flat <= high)]
         if above < k <= above + len(inside):
             flat, k = inside, k - above
@@ -147,10 +147,10 @@ def keep_counts(scores, sparsity, rule, tau=0.1):
     size = {name: s.numel() for name, s in scores.items()}
     total = round((1 - sparsity) * sum(size.values()))  # round, since int((1 - 0.9) * 10) is 0
     if rule == "threshold":
-        return {name: int(threshold_mask(s, tau).sum()) for name, s in scores.items()}
+        return {name: int(threshold_mask(s, tau).count_nonzero()) for name, s in scores.items()}
     if rule == "global":
         mask = _topk(torch.cat([s.flatten() for s in scores.values()]), total)
-        return {name: int(part.sum()) for name, part in zip(scores, mask.split(list(size.values())))}
+        return {name: int(part.count_nonzero()) for name, part in zip(scores, mask.split(list(size.values())))}
 
     # SMP-L is SMP-S with all R equal.
     R = {name: 1.0 if rule == "smp-l" else importance(s).item() for name, s in scores.items()}
@@ -294,14 +294,14 @@ class MaskedLinear(nn.Module):
 
 def initial_scores(weight, init):
     """Scores to start from, float32, shaped like the weight: "zero", the paper's, or "magnitude",
-    |W| over the standard deviation of its matrix.
+    |W| over twice the standard deviation of its matrix.
 
     With zeros the first cuts fall by noise, and a network that was cut blindly teaches its scores
     little. From magnitudes the first to go are weights that hardly matter. The head start is small:
-    one standard deviation is what 50 steps at a learning rate of 2e-2 can move a score."""
+    what half a standard deviation gives, 25 steps at a learning rate of 2e-2 can take away."""
     if init == "zero":
         return torch.zeros_like(weight, dtype=torch.float32)
-    return weight.float().abs() / weight.float().std()
+    return weight.float().abs() / (2 * weight.float().std())
 
 
 def prune(model, names, init="zero"):

@@ -1023,7 +1023,7 @@ def fails(run, *flags, capsys, code=2, **kwargs):
     (["--task", "mprc"], "mprc"), (["--sparsity", "90"], "from 0"), (["--sparsity", "-0.1"], "from 0"),
     (["--sparsity", "nan"], "from 0"), (["--epochs", "0"], "whole number"), (["--epochs", "2.5"], "whole number"),
     (["--model", "/no/such/folder"], "/no/such/folder"), (["--method", "smp"], "smp"), (["--max-length", "999"], "positions"),
-    (["--device", "quantum"], "quantum"), (["--frobnicate"], "frobnicate"), (["--teacher", "/nowhere"], "/nowhere"),
+    (["--device", "quantum"], "quantum"), (["--pull", "1", "--lambda", "400"], "not allowed with"), (["--frobnicate"], "frobnicate"), (["--teacher", "/nowhere"], "/nowhere"),
 ])
 def test_wrong_flags_end_in_one_line(world, capsys, flags, message, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -1074,6 +1074,49 @@ def test_a_model_comes_from_the_hub(world, tmp_path, monkeypatch):
         program = "import bert; print(sum(p.numel() for p in bert.load_pretrained(bert.find_pretrained('tiny/bert')).parameters()))"
         done = subprocess.run([sys.executable, "-c", program], env=environment, cwd=HERE, capture_output=True, text=True, timeout=60)
     assert done.stdout.split()[-1:] == ["32063"], done.stderr
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """The demo as a newcomer runs it, but for a shorter run: its folder, its output, its metrics."""
+    folder, output = tmp_path_factory.mktemp("demo"), io.StringIO()
+    with contextlib.redirect_stdout(output):
+        final = train.main(["--data", str(folder / "demo"), "--out", str(folder / "run"), "--limit", "2000", "--device", "cpu"])
+    return folder, output.getvalue(), final
+
+
+def test_the_demo_ends_in_its_table(demo):
+    folder, output, final = demo
+    rows = {line[:40].strip(): float(line[42:48]) for line in output.splitlines() if "█" in line and line.startswith("  ")}
+    assert len(rows) == 6 and rows["the learned mask"] == round(final["metrics"]["accuracy"], 3)
+    assert rows["a random mask"] <= 0.65 and rows["a magnitude mask: the largest weights"] <= 0.65
+    assert rows["the learned mask"] > 0.75      # with a quarter of the sentences; with all of them see the README
+    assert max(len(line) for line in output[output.index("kept, %"):output.index("kept 157")].splitlines()) <= 80
+
+
+def test_the_demo_does_not_pretrain_twice(demo, capsys):
+    folder = demo[0]
+    before = (folder / "demo/model/model.safetensors").stat().st_mtime_ns
+    train.prepare_demo(folder / "demo")
+    assert (folder / "demo/model/model.safetensors").stat().st_mtime_ns == before and not capsys.readouterr().out
+
+
+def test_the_language_of_the_demo(demo, tmp_path):
+    data.write_demo(tmp_path)
+    for name in ("corpus.txt", "vocab.txt", "DEMO/train.tsv", "DEMO/dev.tsv"):
+        assert (tmp_path / name).read_bytes() == (demo[0] / "demo" / name).read_bytes()      # the same on every machine
+    splits = {split: set(data.read_split(data.TASKS["demo"], tmp_path, split)[0]) for split in ("train", "dev", "test")}
+    corpus = {line.rpartition(" . ")[0] for line in (tmp_path / "corpus.txt").read_text().splitlines()}
+    assert not splits["dev"] & (splits["train"] | splits["test"] | corpus) and not splits["test"] & (splits["train"] | corpus)
+
+
+def test_a_bag_of_words_does_not_understand_the_demo(demo):
+    text = pytest.importorskip("sklearn.feature_extraction.text", reason="pip install scikit-learn for the oracle")
+    linear = pytest.importorskip("sklearn.linear_model", reason="pip install scikit-learn for the oracle")
+    (train_texts, y), (dev_texts, z) = (data.read_split(data.TASKS["demo"], demo[0] / "demo", split) for split in ("train", "dev"))
+    words = text.CountVectorizer(token_pattern=r"\S+").fit(train_texts)
+    bag = linear.LogisticRegression(max_iter=1000).fit(words.transform(train_texts), y)
+    assert 0.6 < bag.score(words.transform(dev_texts), z) <= 0.85
 
 
 # =============================================================================================
