@@ -334,4 +334,5 @@ def save_pretrained(model, folder):
         "architectures": ["BertModel" if model.mlm is None else "BertForMaskedLM"]}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     state = {hf_name(name): tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(state, folder / "model.safetensors.part", metadata={"format": "pt"})
+    os.replace(folder / "model.safetensors.part", folder / "model.safetensors")  # there whole or not at all

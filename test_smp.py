@@ -43,6 +43,7 @@ import train
 
 settings.register_profile("book", deadline=None, max_examples=150, derandomize=True, database=None)
 settings.load_profile("book")
+THREADS = torch.get_num_threads()
 torch.set_num_threads(1)  # matrices this small are slower on two
 HERE = Path(__file__).parent
 GLUE = Path(os.environ.get("GLUE_DATA", HERE / "glue"))  # the real TSVs, where somebody has them
@@ -685,8 +686,9 @@ def test_short_lines_of_qqp_are_skipped_and_no_others(tmp_path):
 def test_real_files_have_their_known_sizes(task, sizes):
     folder = real_glue(task)
     splits = [data.read_split(data.TASKS[task], folder, split) for split in ("train", "dev", "test")]
-    assert tuple(len(texts) for texts, _ in splits) == sizes
-    assert splits[2][1] is None and all(len(labels) == n for (_, labels), n in zip(splits[:2], sizes))
+    found = tuple(len(texts) for texts, _ in splits)
+    assert found == sizes or task == "mrpc" and found == (3667, *sizes[1:])   # a copy without one row is about
+    assert splits[2][1] is None and all(len(labels) == n for (_, labels), n in zip(splits[:2], found))
 
 
 def test_the_table_knows_all_nine_tasks():
@@ -934,19 +936,19 @@ def test_the_loss_falls_with_all_weights_frozen(world, method):
 
 
 def test_the_threshold_rule_counts_what_it_reached(world, capsys):
-    final = world("--method", "threshold", "--tau", "0.5", "--init", "zero", "--pull", "0.1")
+    final = world("--method", "threshold", "--tau", "0.49", "--init", "zero")
     assert "does not enforce --sparsity" in capsys.readouterr().out
     masks, metadata = smp.load_masks(world.folder / "run/mask.safetensors")
     reached = 1 - sum(int(mask.sum()) for mask in masks.values()) / final["total"]
-    assert 0 < reached < 1 and metadata["metrics"]["sparsity"] == pytest.approx(reached)
+    assert 0 < reached < 1 and metadata["sparsity"] == pytest.approx(reached)
 
 
 def test_two_runs_are_equal_and_another_seed_is_not(world):
-    world(out="a"), world(out="b"), world("--seed", "1", out="c")
-    files = [(world.folder / out / "mask.safetensors") for out in "abc"]
-    masks = [smp.load_masks(file)[0] for file in files]
-    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
-    assert any(not torch.equal(masks[0][name], masks[2][name]) for name in masks[0])
+    world(out="a"), world(out="b")                                          # with dropout
+    world("--dropout", "0", out="c"), world("--dropout", "0", "--seed", "1", out="d")
+    a, b, c, d = (smp.load_masks(world.folder / out / "mask.safetensors")[0] for out in "abcd")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert any(not torch.equal(c[name], d[name]) for name in c)
     a, b = ([line for line in log_of(world.folder / out) if line["event"] == "eval"] for out in "ab")
     assert a == b
 
@@ -964,7 +966,7 @@ def test_the_saved_mask_is_the_one_that_was_measured(world):
     labels = next(data.batches(dev, 1000))["labels"].numpy()
     logits = model.label_logits(hidden[0], data.label_ids(tokenizer, task.words)).detach().numpy()
     assert data.evaluate_metrics(task, logits, labels)["accuracy"] == final["metrics"]["accuracy"]
-    assert metadata["metrics"]["accuracy"] == final["metrics"]["accuracy"] == final["best"]["accuracy"]
+    assert metadata["metrics"] == final["metrics"] == final["best"]["metrics"]
 
 
 def test_best_only_counts_at_the_target_sparsity(world):
@@ -1078,10 +1080,12 @@ def test_a_model_comes_from_the_hub(world, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
-    """The demo as a newcomer runs it, but for a shorter run: its folder, its output, its metrics."""
+    """The demo as a newcomer runs it: its folder, its output, its metrics."""
     folder, output = tmp_path_factory.mktemp("demo"), io.StringIO()
+    torch.set_num_threads(THREADS)
     with contextlib.redirect_stdout(output):
-        final = train.main(["--data", str(folder / "demo"), "--out", str(folder / "run"), "--limit", "2000", "--device", "cpu"])
+        final = train.main(["--data", str(folder / "demo"), "--out", str(folder / "run"), "--device", "cpu"])
+    torch.set_num_threads(1)
     return folder, output.getvalue(), final
 
 
@@ -1090,7 +1094,7 @@ def test_the_demo_ends_in_its_table(demo):
     rows = {line[:40].strip(): float(line[42:48]) for line in output.splitlines() if "█" in line and line.startswith("  ")}
     assert len(rows) == 6 and rows["the learned mask"] == round(final["metrics"]["accuracy"], 3)
     assert rows["a random mask"] <= 0.65 and rows["a magnitude mask: the largest weights"] <= 0.65
-    assert rows["the learned mask"] > 0.75      # with a quarter of the sentences; with all of them see the README
+    assert rows["the learned mask"] >= 0.97 and rows["dense fine-tuning, every weight trained"] >= 0.99
     assert max(len(line) for line in output[output.index("kept, %"):output.index("kept 157")].splitlines()) <= 80
 
 

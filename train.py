@@ -12,6 +12,7 @@ import json
 import math
 import shutil
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -95,8 +96,8 @@ def parse_args(argv):
     strength.add_argument("--lambda", type=positive, dest="lam", metavar="L", help="a constant lambda instead; the paper's is 400")
     g.add_argument("--ramp", type=number(0, 1), default=0.5, metavar="F",
                    help="fraction of the steps in which the sparsity grows to its target (default: 0.5)")
-    g.add_argument("--init", choices=["zero", "magnitude"], help="scores to start from: 0, or |W| over the standard deviation of "
-                   "its matrix (default: magnitude)")
+    g.add_argument("--init", choices=["zero", "magnitude"], help="scores to start from: 0, or |W| over twice the standard "
+                   "deviation of its matrix (default: magnitude)")
     g.add_argument("--dropout", type=number(0, 1, closed=False), metavar="P", help="dropout while training (default: 0.1 where at least half of "
                    "the weights are kept, else 0)")
     g.add_argument("--tau", type=number(0, 1), default=0.1, metavar="T",
@@ -207,9 +208,9 @@ def resolve_sizes(args, n):
     args.eval_every = args.eval_every or args.epoch_steps
 
 
-def repeat_epochs(examples, args, generator):
-    for _ in range(args.epochs):
-        yield from data.batches(examples, args.batch_size, generator)
+def repeat_epochs(epochs, examples, batch_size, generator):
+    for _ in range(epochs):
+        yield from data.batches(examples, batch_size, generator)
 
 
 def masks_of(layers):
@@ -294,7 +295,7 @@ def train(args):
     model.train()
     training = time.monotonic()
     with tqdm(total=args.steps, desc=args.method, dynamic_ncols=True, bar_format=BAR) as bar:
-        for step, batch in enumerate(repeat_epochs(train_set, args, order), start=1):
+        for step, batch in enumerate(repeat_epochs(args.epochs, train_set, args.batch_size, order), start=1):
             asked = None if teacher_logits is None else teacher_logits[batch["index"]].to(args.device)
             try:
                 loss = train_step(model, layers, optimizer, batch, asked, label_ids, step - 1, args)
@@ -314,19 +315,19 @@ def train(args):
                 masks = masks_of(layers)
                 with smp.folded(layers, masks):
                     metrics = evaluate(model, dev_sets, task, label_ids, args)
-                last = {"step": step, "epoch": step / args.epoch_steps, "sparsity": sparsity_of(masks), **metrics}
+                last = {"step": step, "epoch": step / args.epoch_steps, "sparsity": sparsity_of(masks), "metrics": metrics}
                 log("eval", **last, loss=loss.item())
                 bar.write(f"epoch {last['epoch']:<5.4g} sparsity {last['sparsity']:.4f}  {show(metrics)}")
-                # Before the target sparsity is reached a mask is not yet what was asked for.
-                if step >= args.ramp_steps and (best is None or metrics["score"] > best["score"]):
+                # Before the target sparsity is reached, a mask is not yet what was asked for.
+                if step >= args.ramp_steps and (best is None or metrics["score"] > best["metrics"]["score"]):
                     best = last
                     save(out, base, task, model, masks, args, best)
 
     # What came out
     changed = changed_tensors(model, base)
     seconds = time.monotonic() - started
-    final = {"best": best, "last": last, "metrics": {name: best[name] for name in best if name not in ("step", "epoch", "sparsity")},
-             "seconds": round(seconds, 1), "peak_mb": round(peak_mb(args)), "frozen_unchanged": not changed}
+    final = {"metrics": best["metrics"], "best": best, "last": last, "seconds": round(seconds, 1), "peak_mb": round(peak_mb(args)),
+             "frozen_unchanged": not changed}
     if layers:
         masks = smp.load_masks(out / "mask.safetensors")[0]
         final |= {"kept": sum(int(mask.count_nonzero()) for mask in masks.values()), "total": sum(mask.numel() for mask in masks.values())}
@@ -354,17 +355,76 @@ def changed_tensors(model, base):
             if not torch.equal(tensor, now[name].cpu())]
 
 
-def save(out, base, task, model, masks, args, metrics):
+def save(out, base, task, model, masks, args, evaluation):
     """Writes what the task needs beside the base model: the mask, or after fine-tuning a model."""
     if masks:
         smp.save_masks(out / "mask.safetensors", masks, {
             "task": args.task, "method": args.method, "base": str(args.model), "label_words": task.words,
-            "metrics": metrics, "settings": vars(args)})
+            "settings": vars(args), **evaluation})
         return
-    bert.save_pretrained(model, out / "model")
+    save_model(out / "model", model, base)
+
+
+def save_model(folder, model, tokenizer_from):
+    """A model folder that --model, --teacher and transformers read, with the vocabulary of another."""
+    folder.mkdir(parents=True, exist_ok=True)
     for name in data.TOKENIZER_FILES:
-        if (Path(base) / name).is_file():
-            shutil.copy(Path(base) / name, out / "model" / name)
+        if (Path(tokenizer_from) / name).is_file():
+            shutil.copy(Path(tokenizer_from) / name, folder / name)
+    bert.save_pretrained(model, folder)
+
+
+# ---------------------------------------------------------------------------------------------
+# What a person sees
+# ---------------------------------------------------------------------------------------------
+
+def show(metrics):
+    """Metrics in words; "score", the mean of the others, only where there are several."""
+    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "score" or len(metrics) > 2)
+
+
+def introduce(args, task, model, layers, tokenizer, train_set):
+    """What this run is, before its first step."""
+    text, label = tokenizer.decode(train_set.ids[0], skip_special_tokens=False), train_set.labels[0]
+    learned = sum(layer.scores.numel() for layer in layers.values())
+    rest = sum(p.numel() for p in model.parameters()) - learned
+    settings = " ".join(f"{key}={value}" for key, value in vars(args).items() if value is not None and value is not False)
+    print(textwrap.fill(f"settings    {settings}", 100, subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False))
+    print(f"example     {text} -> " + (f"{label:g}" if task.regression else f"{task.words[label]!r}"))
+    print("head        frozen: " + ("the MLM transform and the label words' rows of the decoder" if model.mlm else
+                                    "dot product of [CLS] and the label words' embeddings (the model has no MLM head)"))
+    print(f"parameters  {rest:,} frozen, {learned:,} scores, one for each prunable weight" if layers else
+          f"parameters  {rest:,} trained, 0 frozen")
+    if args.method == "threshold":
+        print(f"note        threshold does not enforce --sparsity: sigmoid(S) > {args.tau:g} decides, --lambda steers it")
+
+
+def density_table(masks):
+    """Percent kept of each matrix, layers down and types across, the fuller the darker."""
+    kept = {name: mask.float().mean().item() for name, mask in masks.items()}
+    top = max(kept.values()) or 1
+    lines = ["kept, %  " + "".join(f"{t:>9}" for t in TYPES)]
+    for layer in sorted({name.split(".")[1] for name in masks}, key=int):
+        cells = [kept[f"layers.{layer}.{t}"] for t in TYPES]
+        lines.append(f"layer {layer:>2} " + "".join(f" {SHADES[math.ceil(c / top * (len(SHADES) - 1))] * 2}{100 * c:>6.1f}" for c in cells))
+    of_type = [[mask for name, mask in masks.items() if name.endswith("." + t)] for t in TYPES]
+    lines.append("all      " + "".join(f"{100 * sum(int(m.count_nonzero()) for m in group) / sum(m.numel() for m in group):>9.1f}" for group in of_type))
+    return "\n".join(lines)
+
+
+def report(out, masks, final, changed, dense):
+    best, last = final["best"], final["last"]
+    print()
+    if masks:
+        print(density_table(masks))
+        print(f"\nkept {final['kept']:,} of {final['total']:,} weights: sparsity {1 - final['kept'] / final['total']:.6f}")
+    print(f"last   epoch {last['epoch']:<5.4g} {show(last['metrics'])}")
+    print(f"best   epoch {best['epoch']:<5.4g} {show(best['metrics'])}   <- saved; chosen on dev itself, so a little flattering")
+    if not dense:
+        print("frozen tensors: every one bit-identical to the checkpoint" if not changed else
+              f"FROZEN TENSORS CHANGED: {', '.join(changed[:3])} ...")
+    print(f"{final['seconds']:.0f} s, {final['peak_mb']:,} MB at most; {out}/metrics.jsonl and {out}/" + ("model/" if dense else
+          f"mask.safetensors ({(out / 'mask.safetensors').stat().st_size:,} bytes)"))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -380,7 +440,7 @@ def prepare_demo(folder):
         pretrain(folder)
 
 
-def pretrain(folder, steps=500, batch_size=64, lr=4e-4, seed=0):
+def pretrain(folder, epochs=2, batch_size=64, lr=4e-4, seed=0):
     """Masked-language modelling from scratch on folder/corpus.txt -> folder/model.
 
     30 % of the words are hidden and the MLM head must name them. In BERT, [CLS] learned to speak
@@ -394,11 +454,11 @@ def pretrain(folder, steps=500, batch_size=64, lr=4e-4, seed=0):
                                   num_attention_heads=4, intermediate_size=1024, max_position_embeddings=128))
     model.set_dropout(0)
     mask_id = tokenizer.token_to_id("[MASK]")
+    steps = epochs * math.ceil(len(corpus) / batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min((t + 1) / (steps / 10), 1 - t / steps))
-    endless = (batch for _ in iter(int, 1) for batch in data.batches(corpus, batch_size, rng))
     with tqdm(total=steps, desc="pre-training", dynamic_ncols=True, bar_format=BAR) as bar:
-        for step, batch in zip(range(1, steps + 1), endless):
+        for step, batch in enumerate(repeat_epochs(epochs, corpus, batch_size, rng), start=1):
             ids = batch["input_ids"]                                            # (B, T)
             is_word = ids > mask_id                                             # the special tokens come first
             hidden = is_word & (torch.rand(ids.shape, generator=rng) < 0.3)
@@ -414,8 +474,7 @@ def pretrain(folder, steps=500, batch_size=64, lr=4e-4, seed=0):
             if step % 20 == 0:
                 bar.set_postfix_str(f"loss {loss.item():.3f} ", refresh=False)
                 bar.update(step - bar.n)
-    bert.save_pretrained(model, folder / "model")
-    shutil.copy(folder / "vocab.txt", folder / "model")
+    save_model(folder / "model", model, folder)
 
 
 def compare(args, learned):
@@ -451,60 +510,6 @@ def compare(args, learned):
 
 
 # ---------------------------------------------------------------------------------------------
-# What a person sees
-# ---------------------------------------------------------------------------------------------
-
-def show(metrics):
-    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()
-                     if name not in ("step", "epoch", "sparsity") and not (name == "score" and len(metrics) == 2))
-
-
-def introduce(args, task, model, layers, tokenizer, train_set):
-    """What this run is, before its first step."""
-    text, label = tokenizer.decode(train_set.ids[0], skip_special_tokens=False), train_set.labels[0]
-    learned = sum(layer.scores.numel() for layer in layers.values())
-    rest = sum(p.numel() for p in model.parameters()) - learned
-    hidden = ("debug", "overwrite")
-    print("settings    " + " ".join(f"{key}={value}" for key, value in vars(args).items()
-                                    if value is not None and key not in hidden))
-    print(f"example     {text} -> " + (f"{label:g}" if task.regression else f"{task.words[label]!r}"))
-    print("head        frozen: " + ("the MLM transform and the label words' rows of the decoder" if model.mlm else
-                                    "dot product of [CLS] and the label words' embeddings (the model has no MLM head)"))
-    print(f"parameters  {rest:,} frozen, {learned:,} scores, one for each prunable weight" if layers else
-          f"parameters  {rest:,} trained, 0 frozen")
-    if args.method == "threshold":
-        print(f"note        threshold does not enforce --sparsity: sigmoid(S) > {args.tau:g} decides, --lambda steers it")
-
-
-def density_table(masks):
-    """Percent kept of each matrix, layers down and types across, the fuller the darker."""
-    kept = {name: mask.float().mean().item() for name, mask in masks.items()}
-    top = max(kept.values()) or 1
-    lines = ["kept, %  " + "".join(f"{t:>9}" for t in TYPES)]
-    for layer in sorted({name.split(".")[1] for name in masks}, key=int):
-        cells = [kept[f"layers.{layer}.{t}"] for t in TYPES]
-        lines.append(f"layer {layer:>2} " + "".join(f" {SHADES[math.ceil(c / top * (len(SHADES) - 1))] * 2}{100 * c:>6.1f}" for c in cells))
-    of_type = [[mask for name, mask in masks.items() if name.endswith("." + t)] for t in TYPES]
-    lines.append("all      " + "".join(f"{100 * sum(int(m.count_nonzero()) for m in group) / sum(m.numel() for m in group):>9.1f}" for group in of_type))
-    return "\n".join(lines)
-
-
-def report(out, masks, final, changed, dense):
-    best, last = final["best"], final["last"]
-    print()
-    if masks:
-        print(density_table(masks))
-        print(f"\nkept {final['kept']:,} of {final['total']:,} weights: sparsity {1 - final['kept'] / final['total']:.6f}")
-    print(f"last   epoch {last['epoch']:<5.4g} {show(last)}")
-    print(f"best   epoch {best['epoch']:<5.4g} {show(best)}   <- saved; chosen on dev itself, so a little flattering")
-    if not dense:
-        print("frozen tensors: every one bit-identical to the checkpoint" if not changed else
-              f"FROZEN TENSORS CHANGED: {', '.join(changed[:3])} ...")
-    print(f"{final['seconds']:.0f} s, {final['peak_mb']:,} MB at most; {out}/metrics.jsonl and {out}/" + ("model/" if dense else
-          f"mask.safetensors ({(out / 'mask.safetensors').stat().st_size:,} bytes)"))
-
-
-# ---------------------------------------------------------------------------------------------
 
 def main(argv=None):
     """Runs the command line; returns the final metrics. Bad input, from flag to file, ends in one
@@ -518,7 +523,7 @@ def main(argv=None):
             compare(args, final)
         return final
     except KeyboardInterrupt:
-        print(f"\ninterrupted; what was measured so far is in {args.out}", file=sys.stderr)
+        print("\ninterrupted; what had been saved is still there", file=sys.stderr)
         raise SystemExit(130) from None
     except (ValueError, OSError, FloatingPointError) as error:
         if args.debug:
