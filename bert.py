@@ -5,7 +5,8 @@ which a sentence passes through it: embeddings, layers, and a head that reads an
 
 There is no classifier to train. The head is BERT's own masked-language-modelling (MLM) head, asked
 for a handful of *label words* in place of its whole vocabulary: a positive review is one at whose
-[CLS] the frozen head would rather write "great" than "terrible".
+[CLS] the frozen head would rather write "great" than "terrible". (The paper prints the plain dot
+product of [CLS] with the words' embeddings; its code has the MLM transform in between, as here.)
 
 Letters:  B batch   T tokens   D hidden   H heads   F feed-forward   V vocabulary   C label words
 
@@ -229,8 +230,7 @@ def find_pretrained(name):
     if it is not there. Raises FileNotFoundError where neither can be had."""
     if Path(name).is_dir():
         return Path(name)
-    if not os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"):
-        print(f"{name} is not a folder: looking for it on the Hugging Face hub")
+    print(f"{name} is not a folder here: looking for it on the Hugging Face hub")
     from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(str(name), allow_patterns=[

@@ -48,6 +48,8 @@ class Task:
         return not self.labels
 
 
+# The label words are the paper's. (The original code mixes up those of MNLI: it takes them through
+# the order in which its teacher happened to number the labels.)
 YES_NO = dict(labels=("entailment", "not_entailment"), words=("Yes", "No"), metrics=("accuracy",))
 TASKS = {
     "cola": Task("CoLA", ("sentence",), "label", ("0", "1"), ("incorrect", "correct"), ("matthews",),

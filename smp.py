@@ -13,7 +13,8 @@ and the backward pass treats the mask as if it were the score itself (straight-t
 Gradient descent on S thus adds up -dL/dW' * W over the steps (Eq. 3, the "movement" of a weight
 whose value never moves): a score rises while the loss wants that weight present. W, the biases,
 the LayerNorms, the embeddings and the head stay as they were pre-trained. Learning the scores is
-all the learning there is, and what a task adds to the model is one bit a weight.
+all the learning there is, and what a task adds to the model is one bit a weight: 10.6 MB for the
+84,934,656 prunable weights of BERT-base. (Nothing gets faster: a zero is multiplied like any number.)
 
 Read on in the paper's order:
 
@@ -119,7 +120,7 @@ RULES = {
     "smp-s":     "each matrix in proportion to R(S) among those of its type (Table 3, S)",
     "smp-l":     "every matrix the same fraction (Table 3, L)",
     "global":    "one threshold over all matrices (Table 3, G)",
-    "threshold": "whatever has sigmoid(S) > tau; the sparsity is not enforced (Table 3, T)",
+    "threshold": "whatever has sigmoid(S) > tau; the sparsity is what lambda makes it (Table 3, T)",
 }
 
 
@@ -128,7 +129,8 @@ def keep_counts(scores, sparsity, rule, tau=0.1):
 
     All four masking functions of Table 3 ask for the largest scores of a matrix and differ only in
     how far down they go. So here is the whole of a rule: a count for each matrix; topk_mask does
-    the rest. The counts sum to exactly round((1 - sparsity) * N), except under "threshold".
+    the rest. The counts sum to exactly round((1 - sparsity) * N), except under "threshold", the mask
+    of soft movement pruning, which in the paper does not converge while the weights are frozen.
 
     The type of a matrix is the last part of its name: `layers.3.Q` is a Q. SMP-S compares the L
     matrices of one type and gives matrix l the fraction
@@ -179,7 +181,8 @@ def keep_counts(scores, sparsity, rule, tau=0.1):
 
 def importance(scores):
     """R(S) of one matrix: the mean of sigmoid(S), in (0, 1), a scalar tensor. The paper writes a
-    sum; its lambda = 400 is on the scale of the mean, which its code takes."""
+    sum; its lambda = 400 is on the scale of the mean, which its code takes. (Keeping 70 or 80 %,
+    that code also divides S by 4 inside the sigmoid, which the paper does not say; not done here.)"""
     return torch.sigmoid(scores).mean(dtype=torch.promote_types(scores.dtype, torch.float32))
 
 
@@ -193,7 +196,9 @@ def sparsity_at(step, ramp_steps, target):
         v_t = v_f - v_f (1 - t/N)^3   for t < N,   then v_f
 
     Fast at first, while there is plenty to drop, slow near the end. With 0 ramp_steps the target
-    holds from step 0 on. After N the number of kept weights is fixed, but not which ones.
+    holds from step 0 on. After N the number of kept weights is fixed, but not which ones. The
+    paper counts N in steps or epochs (its code, differently, comes to a negative N on every small
+    task); train.py takes a fraction of the run, which fits runs of any length.
         sparsity_at(0, 100, 0.9) -> 0     sparsity_at(50, 100, 0.9) -> 0.7875     sparsity_at(100, 100, 0.9) -> 0.9"""
     if step >= ramp_steps:
         return target
@@ -206,7 +211,9 @@ def regularizer(scores):
 
     Its gradient sigmoid'(S) / (n L) pulls every score down. At high sparsity nearly all scores are
     below 0, where sigmoid' grows with S: what is kept is pulled harder than what is pruned, so the
-    mask keeps moving, and only a weight that the task keeps asking for stays."""
+    mask keeps moving, and only a weight that the task keeps asking for stays. In the paper, MNLI at
+    3 % kept falls from 80.6 to 69.2 without it. (As a mean of means it pulls the scores of a small
+    matrix harder: in BERT those of Q four times as hard as those of U.)"""
     matrices = list(scores.values() if isinstance(scores, Mapping) else scores)
     return sum(importance(s) for s in matrices) / len(matrices)
 
@@ -301,7 +308,7 @@ def initial_scores(weight, init):
     what half a standard deviation gives, 25 steps at a learning rate of 2e-2 can take away."""
     if init == "zero":
         return torch.zeros_like(weight, dtype=torch.float32)
-    return weight.float().abs() / (2 * weight.float().std())
+    return weight.float().abs() / (2 * weight.float().std()).clamp_min(1e-12)
 
 
 def prune(model, names, init="zero"):
@@ -321,7 +328,8 @@ def prune(model, names, init="zero"):
 @contextlib.contextmanager
 def folded(layers, masks):
     """Inside, the layers use the given {name: mask}, multiplied into the weights once instead of
-    once a batch. The same frozen weights serve any number of tasks: another task is another mask."""
+    once a batch: what is evaluated is exactly what is saved. The same frozen weights serve any
+    number of tasks; another task is another mask."""
     try:
         for name, layer in layers.items():
             layer.masked_weight = layer.weight * masks[name]

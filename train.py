@@ -279,6 +279,7 @@ def train(args):
     model.set_dropout(args.dropout)
     dense = args.method == "finetune"
     layers = {} if dense else smp.prune(model, prunable(model), args.init)
+    # The paper says Adam; its code is AdamW without decay on the scores, the rate falling linearly to 0.
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr,
                                   weight_decay=0.01 if dense else 0, fused=True)
     warmup = args.steps // 10 if dense else 0  # early large steps could wreck weights; scores come to no harm
