@@ -515,13 +515,14 @@ def compare(args, learned):
 def main(argv=None):
     """Runs the command line; returns the final metrics. Bad input, from flag to file, ends in one
     line on stderr and exit code 2; ctrl-C in exit code 130."""
-    args = parse_args(argv)
+    args, started = parse_args(argv), time.monotonic()
     try:
         if args.task == "demo":
             prepare_demo(args.data)
         final = train(args)
         if args.task == "demo" and args.method in smp.RULES:
             compare(args, final)
+            print(f"\n{time.monotonic() - started:.0f} s in all, {peak_mb(args):,.0f} MB of memory at most")
         return final
     except KeyboardInterrupt:
         print("\ninterrupted; what had been saved is still there", file=sys.stderr)
