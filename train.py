@@ -94,7 +94,7 @@ def parse_args(argv):
     strength.add_argument("--pull", type=positive, metavar="P", help="strength of the sparsity regulariser in units of the task's "
                           "gradient; sets lambda anew at each step (default: 1)")
     strength.add_argument("--lambda", type=positive, dest="lam", metavar="L", help="a constant lambda instead; the paper's is 400")
-    g.add_argument("--ramp", type=number(0, 1), default=0.5, metavar="F",
+    g.add_argument("--ramp", type=number(0, 1), metavar="F",
                    help="fraction of the steps in which the sparsity grows to its target (default: 0.5)")
     g.add_argument("--init", choices=["zero", "magnitude"], help="scores to start from: 0, or |W| over twice the standard "
                    "deviation of its matrix (default: magnitude)")
@@ -124,9 +124,9 @@ def parse_args(argv):
         default(lr=3e-5)
     if args.task == "demo":  # small magnitudes mean little in weights that are a minute old; and see smp.balanced_lambda
         args.overwrite |= args.out is None  # a demo is there to be run again
-        default(data="demo", epochs=2, init="zero", lam=None if args.pull is not None else 1.0)
+        default(data="demo", epochs=3, init="zero", lam=None if args.pull is not None else 1.0)
         default(model=f"{args.data}/model")
-    default(data="glue", model="bert-base-uncased", lr=2e-2, init="magnitude", dropout=0.1 if args.sparsity <= 0.5 else 0.0,
+    default(data="glue", model="bert-base-uncased", lr=2e-2, ramp=0.5, init="magnitude", dropout=0.1 if args.sparsity <= 0.5 else 0.0,
             pull=1.0 if args.lam is None else None, precision="bf16" if args.device.startswith("cuda") else "fp32",
             out=f"runs/{args.task}-{args.method}-{args.sparsity:g}-s{args.seed}")
     return args
