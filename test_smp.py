@@ -1091,7 +1091,7 @@ def demo(tmp_path_factory):
 
 def test_the_demo_ends_in_its_table(demo):
     folder, output, final = demo
-    rows = {line[:40].strip(): float(line[42:48]) for line in output.splitlines() if "█" in line and line.startswith("  ")}
+    rows = {line[2:42].strip(): float(line[43:48]) for line in output.splitlines() if "█" in line and line.startswith("  ")}
     assert len(rows) == 6 and rows["the learned mask"] == round(final["metrics"]["accuracy"], 3)
     assert rows["a random mask"] <= 0.65 and rows["a magnitude mask: the largest weights"] <= 0.65
     # More than a bag of words can know (see below); a little less than measured, since rounding differs between machines.
