@@ -3,7 +3,7 @@
 One table, TASKS, holds all that differs between the nine tasks. A task becomes text (read_split),
 text becomes token ids in one call of the tokenizer (encode), ids become batches of about equal
 length (batches), and logits become the numbers that GLUE reports (evaluate_metrics). Where the
-files are missing, fetch() gets them from their official places.
+files are missing, ensure() gets them from their official places.
 
 Letters:  N examples   B batch   T tokens, of the longest member of a batch   C classes
 """

@@ -297,17 +297,17 @@ def train(args):
     training = time.monotonic()
     with tqdm(total=args.steps, desc=args.method, dynamic_ncols=True, bar_format=BAR) as bar:
         for step, batch in enumerate(repeat_epochs(args.epochs, train_set, args.batch_size, order), start=1):
+            look = step % 20 == 0 or step == args.steps  # not always, since reading the loss waits for the device
             asked = None if teacher_logits is None else teacher_logits[batch["index"]].to(args.device)
             try:
                 loss = train_step(model, layers, optimizer, batch, asked, label_ids, step - 1, args)
-                # Now and then only, since reading the loss waits for the device.
-                if (step % 20 == 0 or step == args.steps) and not math.isfinite(loss.item()):
+                if look and not math.isfinite(loss.item()):
                     raise FloatingPointError(f"the loss is {loss.item()}, the run has diverged")
             except FloatingPointError as error:
                 raise FloatingPointError(f"step {step}: {error}; what was saved in {out} before is good; "
                                          "try a smaller --lr") from None
             decay.step()
-            if step % 20 == 0 or step == args.steps:
+            if look:
                 bar.set_postfix_str(f"loss {loss.item():.3f}  sparsity {sparsity_of(masks_of(layers)):.3f}  lr {decay.get_last_lr()[0]:.1e}  "
                                     f"{step * args.batch_size / (time.monotonic() - training):.0f} ex/s", refresh=False)
                 bar.update(step - bar.n)
@@ -330,7 +330,7 @@ def train(args):
     final = {"metrics": best["metrics"], "best": best, "last": last, "seconds": round(seconds, 1), "peak_mb": round(peak_mb(args)),
              "frozen_unchanged": not changed}
     if layers:
-        masks = smp.load_masks(out / "mask.safetensors")[0]
+        masks = smp.load_masks(out / "mask.safetensors")[0]  # what is counted is what is on disk
         final |= {"kept": sum(int(mask.count_nonzero()) for mask in masks.values()), "total": sum(mask.numel() for mask in masks.values())}
     log("final", **final)
     report(out, masks if layers else {}, final, changed, dense)
