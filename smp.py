@@ -81,35 +81,45 @@ def threshold_mask(scores, tau):
 
 
 def _topk(flat, n_keep):
-    """Flat scores (n,) -> bool mask (n,). Ties are the common case, not a corner: after the first
-    Adam step every score has moved by +-lr, and weights of a dead neuron stay equal for ever."""
-    if flat.numel() and not all(map(math.isfinite, flat.aminmax())):
+    """Flat scores (n,) -> 0/1 mask (n,), same dtype. Ties are the common case, not a corner: after
+    Adam's first step from zero every score is +-lr, and weights of a dead neuron stay equal for ever."""
+    if not math.isfinite(flat.sum()) and not flat.isfinite().all():  # a sum can also just be too large
         raise FloatingPointError("nan or inf among the scores: the run has diverged")
-    if n_keep in (0, flat.numel()):
-        return torch.full_like(flat, bool(n_keep), dtype=torch.bool)
-    threshold = _kth_largest(flat, n_keep)
-    mask = flat > threshold
-    still_to_keep = n_keep - int(mask.count_nonzero())  # at least 1: the threshold itself is kept
-    mask[(flat == threshold).nonzero()[:still_to_keep, 0]] = True
+    if n_keep in (0, len(flat)):
+        return torch.full_like(flat, bool(n_keep))
+    threshold, at_least = _kth_largest(flat, n_keep)
+    mask = torch.ge(flat, threshold, out=torch.empty_like(flat))  # written as 0.0 and 1.0 at once
+    surplus = at_least - n_keep
+    if surplus:  # the last ties must go: find the first of them, halving the stretch it is in
+        ties, start, end = flat == threshold, 0, len(flat)
+        while end - start > 1:
+            middle = (start + end) // 2
+            behind = int(ties[middle:end].count_nonzero())
+            start, end, surplus = (middle, end, surplus) if behind >= surplus else (start, middle, surplus - behind)
+        torch.gt(flat[start:], threshold, out=mask[start:])
     return mask
 
 
 def _kth_largest(flat, k):
-    """The k-th largest of (n,) values, exactly, without sorting them all.
+    """The k-th largest of (n,) values and how many are at least as large, exactly, without sorting.
 
-    A sample of 4096 is sorted, and the two sample values some way above and below rank k/n
-    bracket the answer. Count what lies above the bracket, select exactly among the few values
-    inside it. The counts prove the answer right; a bracket that missed costs time, never truth."""
-    n = flat.numel()
+    A sample, every 127th value (a prime: a rounder stride would see but a few columns of a matrix),
+    says about where it lies: between the sample values 4 standard errors of a rank to either side.
+    Counting what lies above and inside proves it, and from the few inside the answer is selected.
+    A bracket that missed costs time, never truth."""
+    n, above = len(flat), 0
     if n > 16384:
-        sample = flat[:: n // 4096].sort(descending=True).values
-        rank, margin = k * len(sample) // n, 3 * math.isqrt(len(sample))  # 6 standard errors of a rank, or more
-        high, low = sample[max(rank - margin, 0)], sample[min(rank + margin, len(sample) - 1)]
-        above = int((flat > high).count_nonzero())
-        inside = flat[(flat >= low) & (flat <= high)]
-        if above < k <= above + len(inside):
-            flat, k = inside, k - above
-    return flat.kthvalue(len(flat) - k + 1).values
+        sample = flat[::127].contiguous()
+        rank, margin = k * len(sample) // n, 1 + int(4 * math.sqrt(len(sample) * k * (n - k)) / n)
+        high, low = (sample.kthvalue(min(max(len(sample) - r, 1), len(sample))).values for r in (rank - margin, rank + margin))
+        over, least = flat > high, flat >= low
+        n_over, n_least = int(over.count_nonzero()), int(least.count_nonzero())
+        if n_over < k <= n_least:
+            if low == high:
+                return low, n_least
+            flat, above = flat[over ^ least], n_over
+    threshold = flat.kthvalue(len(flat) - (k - above) + 1).values
+    return threshold, above + int((flat >= threshold).count_nonzero())
 
 
 # ---------------------------------------------------------------------------------------------
