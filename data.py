@@ -276,6 +276,27 @@ def evaluate_metrics(task, logits, labels):
     return {name: METRICS[name](predicted, labels) for name in task.metrics}
 
 
+def write_predictions(task, split, logits, folder):
+    """Logits (N, C) of a test split -> the file that the GLUE site takes, folder/CoLA.tsv and the
+    like (MNLI-m and MNLI-mm): index and prediction, labels as in the train file, STS-B a number
+    from 0 to 5. Returns its path."""
+    name = task.folder + {"test_matched": "-m", "test_mismatched": "-mm"}.get(split, "")
+    predicted = [f"{score:.3f}" for score in logits[:, 0].clip(0, 5)] if task.regression else [task.labels[i] for i in logits.argmax(1)]
+    path = Path(folder) / f"{name}.tsv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(["index\tprediction", *(f"{i}\t{p}" for i, p in enumerate(predicted))]) + "\n", "utf-8")
+    return path
+
+
+def zip_predictions(paths):
+    """Packs prediction files into submission.zip beside them, flat; returns its path."""
+    path = paths[0].with_name("submission.zip")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
+        for file in paths:
+            z.write(file, file.name)
+    return path
+
+
 # ---------------------------------------------------------------------------------------------
 # The demo: a small language of film reviews, for machines without network, data or patience
 # ---------------------------------------------------------------------------------------------

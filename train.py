@@ -8,9 +8,13 @@ evaluation, the report. The method itself is in smp.py, the network in bert.py, 
 
 import argparse
 import contextlib
+import hashlib
+import itertools
 import json
 import math
+import os
 import shutil
+import signal
 import sys
 import textwrap
 import time
@@ -18,6 +22,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
@@ -25,6 +31,18 @@ import bert
 import data
 import smp
 
+# Every system of the comparison is three answers over the same parts.
+METHODS = {        # where the scores come from, the rule that counts them (smp.RULES), what becomes of the weights
+    "smp-s":         ("learned",   "smp-s",     "frozen"),
+    "smp-l":         ("learned",   "smp-l",     "frozen"),
+    "global":        ("learned",   "global",    "frozen"),
+    "threshold":     ("learned",   "threshold", "frozen"),
+    "random":        ("random",    "smp-l",     "frozen"),
+    "magnitude":     ("magnitude", "smp-l",     "trained"),   # gradual magnitude pruning
+    "movement":      ("learned",   "smp-l",     "trained"),   # movement pruning
+    "soft-movement": ("learned",   "threshold", "trained"),
+    "finetune":      (None,        None,        "trained"),   # dense: nothing is removed
+}
 TYPES = "QKVOUD"
 BAR = "{desc:<12}{n:>6}/{total} |{bar}| {postfix} {remaining} left"
 SHADES = " ░▒▓█"
@@ -72,8 +90,9 @@ def parse_args(argv):
     g.add_argument("--task", choices=data.TASKS, default="demo", help="a GLUE task, or demo, which needs no data (default: demo)")
     g.add_argument("--sparsity", type=number(0, 1, closed=False), default=0.9, metavar="V",
                    help="fraction of the prunable weights to REMOVE (default: 0.9, which keeps one in ten)")
-    g.add_argument("--method", choices=[*smp.RULES, "finetune"], default="smp-s",
-                   help="a masking function of Table 3, or dense fine-tuning, which writes a model folder (default: smp-s)")
+    g.add_argument("--method", choices=METHODS, default="smp-s", help="smp-s, smp-l, global, threshold: the masking functions of "
+                   "Table 3; random: a mask by lot; magnitude, movement, soft-movement: the encoder's weights are trained too; "
+                   "finetune: dense, every weight trained (default: smp-s)")
     g.add_argument("--model", metavar="M", help="a folder with config.json, model.safetensors, and vocab.txt or tokenizer.json, "
                    "or a name on the hub (default: bert-base-uncased; for the demo one that it makes)")
     g.add_argument("--teacher", metavar="DIR", help="model folder of a fine-tuned teacher to distil from (default: none)")
@@ -82,21 +101,31 @@ def parse_args(argv):
                    "glue; for the demo: demo)")
     g.add_argument("--out", metavar="DIR", help="folder of the run (default: runs/TASK-METHOD-SPARSITY-sSEED)")
     g.add_argument("--overwrite", action="store_true", help="start over in a folder that already holds a run")
+    g.add_argument("--resume", action="store_true", help="go on where a run in this folder was interrupted")
+    g.add_argument("--checkpoint-every", type=positive, default=60, metavar="SECONDS", help="time between checkpoints, or more, so that they "
+                   "take at most 2 %% of it (default: 60)")
+    g = p.add_argument_group("instead of training: use masks (task, base model and settings come with them)")
+    use = g.add_mutually_exclusive_group()
+    use.add_argument("--eval", nargs="+", metavar="MASK", help="evaluate mask files on dev")
+    use.add_argument("--predict", nargs="+", metavar="MASK", help="write GLUE's submission files for the test splits into --out (default: "
+                     "predictions); of several masks also the zip")
+    g.add_argument("--export", metavar="DIR", help="with --eval MASK: write the pruned model as a Hugging Face-layout folder")
     g = p.add_argument_group("how long (the paper's: they depend on the number of training examples)")
     g.add_argument("--epochs", type=whole, metavar="E", help="default: 12 above 10,000 examples, 100 below 3,000, else 60")
     g.add_argument("--batch-size", type=whole, metavar="B", help="default: 64 above 10,000 examples, else 32")
     g.add_argument("--limit", type=whole, metavar="N", help="use only the first N training examples (default: all)")
     g.add_argument("--eval-every", type=whole, metavar="STEPS", help="steps between evaluations (default: one epoch)")
     g = p.add_argument_group("the method")
-    g.add_argument("--lr", type=positive, metavar="LR", help="learning rate at the start; it falls linearly to 0 (default: 2e-2 "
-                   "for scores, 3e-5 for fine-tuning)")
+    g.add_argument("--lr", type=positive, default=2e-2, metavar="LR", help="learning rate of the scores; it falls linearly to 0 (default: 2e-2)")
+    g.add_argument("--weight-lr", type=positive, default=3e-5, metavar="LR", help="the same for weights, where the method trains them "
+                   "(default: 3e-5)")
     strength = g.add_mutually_exclusive_group()
     strength.add_argument("--pull", type=positive, metavar="P", help="strength of the sparsity regulariser in units of the task's "
-                          "gradient; sets lambda anew at each step (default: 1)")
-    strength.add_argument("--lambda", type=positive, dest="lam", metavar="L", help="a constant lambda instead; the paper's is 400")
+                          "gradient, from which lambda is set in the first steps (default: 1)")
+    strength.add_argument("--lambda", type=positive, dest="lam", metavar="L", help="lambda itself; the paper's is 400")
     g.add_argument("--ramp", type=number(0, 1), metavar="F",
                    help="fraction of the steps in which the sparsity grows to its target (default: 0.5)")
-    g.add_argument("--init", choices=["zero", "magnitude"], help="scores to start from: 0, or |W| over twice the standard "
+    g.add_argument("--init", choices=["zero", "magnitude"], help="scores to start from: 0, or |W| over the standard "
                    "deviation of its matrix (default: magnitude)")
     g.add_argument("--dropout", type=number(0, 1, closed=False), metavar="P", help="dropout while training (default: 0.1 where at least half of "
                    "the weights are kept, else 0)")
@@ -107,7 +136,8 @@ def parse_args(argv):
                    help="weight of the distillation term; the task loss gets 1 - A (default: 0.5)")
     g.add_argument("--max-length", type=number(4, math.inf, int), default=128, metavar="T", help="longest input, in tokens (default: 128)")
     g = p.add_argument_group("the machine")
-    g.add_argument("--seed", type=number(0, 2**63 - 1, int), default=0, help="of dropout and the order of the examples (default: 0)")
+    g.add_argument("--seed", type=number(0, 2**32 - 1, int), nargs="+", default=[0], metavar="S", help="of dropout and the order of "
+                   "the examples; several make as many runs, and their mean (default: 0)")
     g.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu",
                    help="cpu or cuda (default: cuda where there is one)")
     g.add_argument("--precision", choices=["fp32", "bf16"], help="of the matrix products; scores are always float32 (default: "
@@ -119,21 +149,25 @@ def parse_args(argv):
         for name, value in values.items():
             if getattr(args, name) is None:
                 setattr(args, name, value)
-    if args.method == "finetune":  # nothing is removed, from the first step on
+    if args.export and len(args.eval or ()) != 1:
+        p.error("--export needs --eval with one mask, the one to export")
+    args.scores_from, args.rule, weights = METHODS[args.method]
+    args.trains_weights = weights == "trained"
+    if not args.scores_from:  # nothing is removed, from the first step on
         args.sparsity = args.ramp = 0.0
-        default(lr=3e-5)
-    if args.task == "demo":  # small magnitudes mean little in weights that are a minute old; and see smp.balanced_lambda
-        args.overwrite |= args.out is None  # a demo is there to be run again
-        default(data="demo", epochs=3, init="zero", lam=None if args.pull is not None else 1.0)
+    if args.scores_from != "learned":
+        args.init, args.lam, args.pull = args.scores_from, 0.0, None
+    if args.task == "demo":
+        args.overwrite |= args.out is None and not args.resume  # a demo is there to be run again
+        default(data="demo", epochs=3)
         default(model=f"{args.data}/model")
-    default(data="glue", model="bert-base-uncased", lr=2e-2, ramp=0.5, init="magnitude", dropout=0.1 if args.sparsity <= 0.5 else 0.0,
-            pull=1.0 if args.lam is None else None, precision="bf16" if args.device.startswith("cuda") else "fp32",
-            out=f"runs/{args.task}-{args.method}-{args.sparsity:g}-s{args.seed}")
+    default(data="glue", model="bert-base-uncased", ramp=0.5, init="magnitude", dropout=0.2 if args.sparsity <= 0.5 else 0.0,
+            pull=1.0 if args.lam is None else None, precision="bf16" if args.device.startswith("cuda") else "fp32")
     return args
 
 
 # ---------------------------------------------------------------------------------------------
-# One run
+# Parts of a run
 # ---------------------------------------------------------------------------------------------
 
 def prunable(model):
@@ -145,8 +179,11 @@ def set_keep(layers, sparsity, args):
     """Decides how many weights each matrix keeps from here on, by the rule of the method."""
     if not layers:  # dense training
         return
+    if args.scores_from == "magnitude":  # the scores follow the weights that are being trained
+        for layer in layers.values():
+            layer.scores.data.copy_(layer.weight.detach().abs())
     scores = {name: layer.scores for name, layer in layers.items()}
-    for name, n_keep in smp.keep_counts(scores, sparsity, args.method, args.tau).items():
+    for name, n_keep in smp.keep_counts(scores, sparsity, args.rule, args.tau).items():
         layers[name].n_keep = n_keep
 
 
@@ -181,8 +218,8 @@ def evaluate(model, dev_sets, task, label_ids, args):
     return metrics | {"score": sum(metrics.values()) / len(metrics)}
 
 
-def load(folder, task, args):
-    """A model folder -> (model on its device, tokenizer, label word ids (C,))."""
+def load(folder, args):
+    """A model folder -> (model on its device, tokenizer)."""
     model = bert.load_pretrained(folder).to(args.device)
     tokenizer = data.load_tokenizer(folder)
     if tokenizer.get_vocab_size() > model.config.vocab_size:
@@ -190,10 +227,19 @@ def load(folder, task, args):
                          f"only {model.config.vocab_size} rows")
     if args.max_length > model.config.max_position_embeddings:
         raise ValueError(f"--max-length {args.max_length}: this model has {model.config.max_position_embeddings} positions")
+    return model, tokenizer
+
+
+def label_words(tokenizer, task, folder, args):
+    """The token ids (C,) of the task's label words."""
     try:
-        return model, tokenizer, data.label_ids(tokenizer, task.words).to(args.device)
+        return data.label_ids(tokenizer, task.words).to(args.device)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
+
+
+def encoded_splits(task, tokenizer, args, splits):
+    return {split: data.encode(tokenizer, *data.read_split(task, args.data, split), args.max_length) for split in splits}
 
 
 def resolve_sizes(args, n):
@@ -208,133 +254,329 @@ def resolve_sizes(args, n):
     args.eval_every = args.eval_every or args.epoch_steps
 
 
-def repeat_epochs(epochs, examples, batch_size, generator):
-    for _ in range(epochs):
-        yield from data.batches(examples, batch_size, generator)
+def batches_from(step, examples, args):
+    """The training batches from a step on. Each epoch has a seed of its own, so that the order
+    behind any step is known without having gone the way to it."""
+    epoch, skip = divmod(step, args.epoch_steps)
+    for epoch in range(epoch, args.epochs):
+        order = torch.Generator().manual_seed(args.seed + (epoch << 32))
+        yield from itertools.islice(data.batches(examples, args.batch_size, order), skip, None)
+        skip = 0
 
 
 def masks_of(layers):
     return {name: layer.mask for name, layer in layers.items()}
 
 
+def count(masks):
+    """(weights kept, weights in all), counted from the masks themselves."""
+    return sum(int(mask.count_nonzero()) for mask in masks.values()), sum(mask.numel() for mask in masks.values())
+
+
 def sparsity_of(masks):
-    """The fraction removed, counted from the masks themselves."""
-    total = sum(mask.numel() for mask in masks.values())
-    return 1 - sum(int(mask.count_nonzero()) for mask in masks.values()) / total if masks else 0.0
+    kept, total = count(masks)
+    return 1 - kept / total if masks else 0.0
 
 
-class Log:
-    """metrics.jsonl: one JSON object a line, on disk as soon as it is known."""
+# ---------------------------------------------------------------------------------------------
+# One run
+# ---------------------------------------------------------------------------------------------
 
-    def __init__(self, path):
-        self.file = open(path, "w", encoding="utf-8")
+class Run:
+    """What a run holds: data, model, what is learned in it, and in `state` how far it has come."""
 
-    def __call__(self, event, **entry):
-        print(json.dumps({"event": event} | entry), file=self.file, flush=True)
+    def __init__(self, args):
+        self.args, self.task = args, data.TASKS[args.task]
+        # The data and the model
+        self.base = bert.find_pretrained(args.model)
+        data.ensure(self.task, args.data)
+        texts, labels = data.read_split(self.task, args.data, "train", args.limit)
+        resolve_sizes(args, len(texts))
+        self.model, self.tokenizer = load(self.base, args)
+        self.label_ids = label_words(self.tokenizer, self.task, self.base, args)
+        self.train_set = data.encode(self.tokenizer, texts, labels, args.max_length)
+        self.dev_sets = encoded_splits(self.task, self.tokenizer, args, self.task.dev)
+        self.teacher_logits = None
+        if args.teacher:  # without dropout it always says the same of a sentence: ask it once, before the first step
+            folder = bert.find_pretrained(args.teacher)
+            teacher, tokenizer = load(folder, args)
+            if tokenizer.get_vocab() != self.tokenizer.get_vocab():
+                raise ValueError(f"--teacher {folder}: its vocabulary is not that of {self.base}; expected a teacher fine-tuned from that model")
+            self.teacher_logits = torch.from_numpy(predict(teacher, self.train_set, self.label_ids, args)).to(args.device)
+
+        # What is learned: the scores, the weights, both, or (a random mask) nothing
+        torch.manual_seed(args.seed)
+        self.model.set_dropout(args.dropout)
+        self.layers = smp.prune(self.model, prunable(self.model), args.init) if args.scores_from else {}
+        scores = [layer.scores.requires_grad_(args.scores_from == "learned") for layer in self.layers.values()]
+        weights = []
+        if args.trains_weights:  # all of a dense model; of a pruned one the encoder
+            trained = self.model.layers if self.layers else self.model
+            weights = [p.requires_grad_(True) for name, p in trained.named_parameters() if not name.endswith(".scores")]
+        # The paper says Adam; its code is AdamW without decay on the scores. Large first steps can
+        # wreck weights, hence their warm-up; scores come to no harm.
+        groups = [{"params": [s for s in scores if s.requires_grad], "peak": args.lr, "warmup": 0, "weight_decay": 0.0},
+                  {"params": weights, "peak": args.weight_lr, "warmup": args.steps // 10, "weight_decay": 0.01}]
+        groups = [group for group in groups if group["params"]]
+        self.optimizer = torch.optim.AdamW(groups, fused=True) if groups else None
+        if not groups:
+            args.epochs = args.steps = args.ramp_steps = 0
+        self.model.train()
+        self.state = {"step": 0, "lam": args.lam, "best": None, "last": None, "logged": 0}
+
+    def set_keep(self):
+        """Decides how many weights each matrix keeps at this step, by the rule of the method."""
+        if not self.layers:  # dense
+            return
+        if self.args.scores_from == "magnitude":  # the scores follow the weights, which are being trained
+            for layer in self.layers.values():
+                layer.scores.data.copy_(layer.weight.detach().abs())
+        sparsity = smp.sparsity_at(self.state["step"], self.args.ramp_steps, self.args.sparsity)
+        scores = {name: layer.scores for name, layer in self.layers.items()}
+        for name, n_keep in smp.keep_counts(scores, sparsity, self.args.rule, self.args.tau).items():
+            self.layers[name].n_keep = n_keep
+
+    def task_gradient(self, batch):
+        """One batch forwards and backwards, what the task asks for: returns the loss, a scalar tensor."""
+        logits = forward(self.model, batch, self.label_ids, self.args)  # each layer makes its mask and uses W' = W * M
+        asked = None if self.teacher_logits is None else self.teacher_logits[batch["index"].to(self.args.device)]
+        loss = smp.objective(logits, batch["labels"].to(self.args.device), asked, self.args.temperature, self.args.teacher_weight)
+        loss.backward()                                                 # now scores.grad is dL/dW' * W
+        return loss.detach()
+
+    def train_step(self, batch):
+        """One step of the method: returns the loss before it, a scalar tensor."""
+        step, args = self.state["step"], self.args
+        self.set_keep()
+        loss = self.task_gradient(batch)
+        if args.scores_from == "learned":
+            scores = [layer.scores for layer in self.layers.values()]
+            if args.lam is None and step <= args.steps // 20:  # the smallest, since a regression's first gradients only find its mean
+                self.state["lam"] = min(self.state["lam"] or math.inf, smp.balanced_lambda(scores, args.pull))
+            # The paper ramps lambda with the sparsity, v_t / v_f; its code over the whole run, as here.
+            ramp = smp.sparsity_at(step, args.steps, 1.0)
+            (self.state["lam"] * ramp * smp.regularizer(scores)).backward()  # adds lambda dR/dS
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * min((step + 1) / (group["warmup"] + 1), 1) * (1 - step / args.steps)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.state["step"] += 1
+        return loss
+
+    def look(self):
+        """Evaluates what has been learned so far; saves it if it is the best. Returns the record."""
+        args, state = self.args, self.state
+        self.set_keep()
+        masks = masks_of(self.layers)
+        with smp.folded(self.layers, masks):
+            metrics = evaluate(self.model, self.dev_sets, self.task, self.label_ids, args)
+        state["last"] = {"step": state["step"], "epoch": state["step"] / args.epoch_steps, "sparsity": sparsity_of(masks), "metrics": metrics}
+        # Before the target sparsity is reached, a mask is not yet what was asked for.
+        if state["step"] >= args.ramp_steps and (not state["best"] or metrics["score"] > state["best"]["metrics"]["score"]):
+            state["best"] = state["last"]
+            self.save(masks)
+        return state["last"]
+
+    def save(self, masks):
+        """Writes what the task needs beside the base model: the mask, or where weights were trained, a model."""
+        out, metadata_base = Path(self.args.out), str(self.args.model)
+        if self.args.trains_weights:
+            save_model(out / "model", plain(self.model, self.layers, masks, self.base), self.base)
+            metadata_base = str(out / "model")
+        if masks:
+            smp.save_masks(out / "mask.safetensors", masks, {
+                "task": self.args.task, "method": self.args.method, "base": metadata_base, "fingerprint": smp.fingerprint(self.layers),
+                "label_words": self.task.words, "kept": {name: int(mask.count_nonzero()) for name, mask in masks.items()},
+                "settings": self.settings(), **self.state["best"]})
+
+    def settings(self):
+        return {key: value for key, value in vars(self.args).items() if key not in ("overwrite", "resume", "debug", "checkpoint_every")}
+
+    # A checkpoint holds all that the next step depends on, so that a run that was killed and
+    # resumed ends as if nothing had happened, bit for bit.
+
+    def tensors(self):
+        """{name: tensor} of all that changes from step to step."""
+        tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        for i, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{key}": value for key, value in moments.items()}
+        tensors["rng.cpu"] = torch.get_rng_state()  # dropout's
+        if self.args.device.startswith("cuda"):
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.args.device)
+        return tensors
+
+    def checkpoint(self, path):
+        """Writes it under another name, then renames it: the last good one is there until then."""
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.tensors().items()}
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise FloatingPointError("nan or inf in what is being learned: the run has diverged")
+        header = json.dumps({"state": self.state, "settings": self.settings()})
+        part = f"{path}.part"
+        save_file(tensors, part, metadata={"header": header, "sha256": checksum(header, tensors)})
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+
+    def resume(self, path):
+        """Goes back to where a checkpoint was written. Raises ValueError for one that is damaged or
+        was written under other settings."""
+        try:
+            with safe_open(path, "pt") as file:
+                header, sha256 = file.metadata()["header"], file.metadata()["sha256"]
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            if checksum(header, tensors) != sha256:
+                raise ValueError("its checksum is not that of its content")
+            header = json.loads(header)
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: damaged ({error}); start over with --overwrite") from None
+        for key, value in json.loads(json.dumps(self.settings())).items():
+            if header["settings"].get(key) != value:
+                raise ValueError(f"{path}: written with {key} {header['settings'].get(key)}, this run has {value}; "
+                                 "resume with the flags of the interrupted run")
+        self.state = header["state"]
+        torch.set_rng_state(tensors.pop("rng.cpu"))
+        if "rng.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors.pop("rng.cuda"), self.args.device)
+        parameters, moments = dict(self.model.named_parameters()), {}
+        for name, tensor in tensors.items():
+            kind, _, name = name.partition(".")
+            if kind == "model":
+                parameters[name].data.copy_(tensor)
+            else:
+                i, _, key = name.partition(".")
+                moments.setdefault(int(i), {})[key] = tensor
+        self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
 
-def train_step(model, layers, optimizer, batch, teacher_logits, label_ids, step, args):
-    """One step, number `step` counted from 0: returns the loss before it, a scalar tensor."""
-    scores = {name: layer.scores for name, layer in layers.items()}
-    set_keep(layers, smp.sparsity_at(step, args.ramp_steps, args.sparsity), args)
-    logits = forward(model, batch, label_ids, args)             # each layer makes its mask and uses W' = W * M
-    loss = smp.objective(logits, batch["labels"].to(args.device), teacher_logits, args.temperature, args.teacher_weight)
-    loss.backward()                                             # now scores.grad is dL/dW' * W
-    if layers:
-        lam = smp.balanced_lambda(scores, args.pull) if args.lam is None else args.lam
-        # The paper ramps lambda with the sparsity, v_t / v_f; its code over the whole run, as here.
-        ramp = smp.sparsity_at(step, args.steps, 1.0)
-        (lam * ramp * smp.regularizer(scores)).backward()       # adds lambda dR/dS
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.detach()
+def checksum(header, tensors):
+    digest = hashlib.sha256(header.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].numpy().tobytes())
+    return digest.hexdigest()
 
 
 def train(args):
     """Runs one method on one task; returns the final metrics. Everything is written to args.out."""
-    started = time.monotonic()
-    out = Path(args.out)
-    if (out / "metrics.jsonl").exists() and not args.overwrite:
-        raise FileExistsError(f"{out}: holds a run already; give --overwrite to start over, or another --out")
+    started, out = time.monotonic(), Path(args.out)
+    log_path, checkpoint_path = out / "metrics.jsonl", out / "checkpoint.safetensors"
+    if log_path.exists() and not (args.overwrite or args.resume):
+        raise FileExistsError(f"{out}: holds a run already; give --resume to go on with it, --overwrite to start over, or another --out")
+    if args.resume and log_path.exists():
+        *_, last_line = [{}] + [json.loads(line) for line in log_path.read_text("utf-8").splitlines() if line.endswith("}")]
+        if last_line.get("event") == "final":
+            print(f"{out}: this run is complete, nothing to resume")
+            return last_line
+    run = Run(args)
+    state = run.state
+    with only_run_in(out), interruptible() as interrupts:
+        if args.resume and checkpoint_path.exists():
+            run.resume(checkpoint_path)
+            state = run.state
+            print(f"resuming    after step {state['step']} of {args.steps}")
+        else:
+            for leftover in (checkpoint_path, out / "mask.safetensors"):  # of a run that is being done over
+                leftover.unlink(missing_ok=True)
+        log = Log(log_path, state["logged"])
+        if not state["logged"]:
+            log("settings", **run.settings(), torch=torch.__version__)
+        introduce(run)
 
-    # The data and the model
-    task = data.TASKS[args.task]
-    base = bert.find_pretrained(args.model)
-    data.ensure(task, args.data)
-    texts, labels = data.read_split(task, args.data, "train", args.limit)
-    resolve_sizes(args, len(texts))
-    model, tokenizer, label_ids = load(base, task, args)
-    train_set = data.encode(tokenizer, texts, labels, args.max_length)
-    dev_sets = {split: data.encode(tokenizer, *data.read_split(task, args.data, split), args.max_length)
-                for split in task.dev}
-    teacher_logits = None
-    if args.teacher:  # without dropout it always says the same of a sentence: ask it once, before the first step
-        teacher, _, teacher_ids = load(bert.find_pretrained(args.teacher), task, args)
-        teacher_logits = torch.from_numpy(predict(teacher, train_set, teacher_ids, args))
-        del teacher
+        def checkpoint():
+            state["logged"] = log.size()
+            run.checkpoint(checkpoint_path)
 
-    # What is learned: the scores, or for fine-tuning everything
-    torch.manual_seed(args.seed)
-    order = torch.Generator().manual_seed(args.seed)
-    model.set_dropout(args.dropout)
-    dense = args.method == "finetune"
-    layers = {} if dense else smp.prune(model, prunable(model), args.init)
-    # The paper says Adam; its code is AdamW without decay on the scores, the rate falling linearly to 0.
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr,
-                                  weight_decay=0.01 if dense else 0, fused=True)
-    warmup = args.steps // 10 if dense else 0  # early large steps could wreck weights; scores come to no harm
-    decay = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda t: min((t + 1) / (warmup + 1), 1) * (1 - t / args.steps))
-
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "mask.safetensors").unlink(missing_ok=True)  # of the run that is being overwritten
-    log = Log(out / "metrics.jsonl")
-    log("settings", **vars(args), torch=torch.__version__)
-    introduce(args, task, model, layers, tokenizer, train_set)
-
-    best = last = None
-    model.train()
-    training = time.monotonic()
-    with tqdm(total=args.steps, desc=args.method, dynamic_ncols=True, bar_format=BAR) as bar:
-        for step, batch in enumerate(repeat_epochs(args.epochs, train_set, args.batch_size, order), start=1):
-            look = step % 20 == 0 or step == args.steps  # not always, since reading the loss waits for the device
-            asked = None if teacher_logits is None else teacher_logits[batch["index"]].to(args.device)
-            try:
-                loss = train_step(model, layers, optimizer, batch, asked, label_ids, step - 1, args)
-                if look and not math.isfinite(loss.item()):
-                    raise FloatingPointError(f"the loss is {loss.item()}, the run has diverged")
-            except FloatingPointError as error:
-                raise FloatingPointError(f"step {step}: {error}; what was saved in {out} before is good; "
-                                         "try a smaller --lr") from None
-            decay.step()
-            if look:
-                bar.set_postfix_str(f"loss {loss.item():.3f}  sparsity {sparsity_of(masks_of(layers)):.3f}  lr {decay.get_last_lr()[0]:.1e}  "
-                                    f"{step * args.batch_size / (time.monotonic() - training):.0f} ex/s", refresh=False)
-                bar.update(step - bar.n)
-            if step % args.eval_every == 0 or step == args.steps:
-                set_keep(layers, smp.sparsity_at(step, args.ramp_steps, args.sparsity), args)
-                masks = masks_of(layers)
-                with smp.folded(layers, masks):
-                    metrics = evaluate(model, dev_sets, task, label_ids, args)
-                last = {"step": step, "epoch": step / args.epoch_steps, "sparsity": sparsity_of(masks), "metrics": metrics}
-                log("eval", **last, loss=loss.item())
-                bar.write(f"epoch {last['epoch']:<5.4g} sparsity {last['sparsity']:.4f}  {show(metrics)}")
-                # Before the target sparsity is reached, a mask is not yet what was asked for.
-                if step >= args.ramp_steps and (best is None or metrics["score"] > best["metrics"]["score"]):
-                    best = last
-                    save(out, base, task, model, masks, args, best)
+        saved, cost = time.monotonic(), 0.0
+        first, begun = state["step"], time.monotonic()
+        with tqdm(total=args.steps, initial=first, desc=args.method, dynamic_ncols=True, bar_format=BAR) as bar:
+            for batch in batches_from(first, run.train_set, args):
+                try:
+                    loss = run.train_step(batch)
+                    step = state["step"]
+                    if step % 20 == 0 or step == args.steps:  # not always, since reading the loss waits for the device
+                        if not math.isfinite(loss.item()):
+                            raise FloatingPointError(f"the loss is {loss.item()}, the run has diverged")
+                        bar.set_postfix_str(f"loss {loss.item():.3f}  sparsity {sparsity_of(masks_of(run.layers)):.3f}  "
+                                            f"lr {run.optimizer.param_groups[0]['lr']:.1e}  "
+                                            f"{(step - first) * args.batch_size / (time.monotonic() - begun):.0f} ex/s", refresh=False)
+                        bar.update(step - bar.n)
+                    if step % args.eval_every == 0 or step == args.steps:
+                        found = run.look()
+                        log("eval", **found, loss=loss.item(), lam=state["lam"])
+                        bar.write(f"epoch {found['epoch']:<5.4g} sparsity {found['sparsity']:.4f}  {show(found['metrics'])}")
+                    now = time.monotonic()
+                    if interrupts or now - saved > max(args.checkpoint_every, 50 * cost):
+                        checkpoint()
+                        saved, cost = time.monotonic(), time.monotonic() - now
+                except FloatingPointError as error:
+                    raise FloatingPointError(f"step {state['step']}: {error}; what was saved in {out} before is good; "
+                                             "try a smaller learning rate") from None
+                if interrupts:
+                    raise KeyboardInterrupt
+        if state["last"] is None:  # a random mask: there was nothing to learn
+            log("eval", **run.look())
 
     # What came out
-    changed = changed_tensors(model, base)
-    seconds = time.monotonic() - started
-    final = {"metrics": best["metrics"], "best": best, "last": last, "seconds": round(seconds, 1), "peak_mb": round(peak_mb(args)),
-             "frozen_unchanged": not changed}
-    if layers:
-        masks = smp.load_masks(out / "mask.safetensors")[0]  # what is counted is what is on disk
-        final |= {"kept": sum(int(mask.count_nonzero()) for mask in masks.values()), "total": sum(mask.numel() for mask in masks.values())}
+    best, last = state["best"], state["last"]
+    changed = changed_tensors(run.model, run.base)
+    final = {"metrics": best["metrics"], "best": best, "last": last, "frozen_unchanged": not changed}
+    masks = smp.load_masks(out / "mask.safetensors")[0] if run.layers else {}  # what is counted is what is on disk
+    if masks:
+        final["kept"], final["total"] = count(masks)
+    final["new_bits"] = new_bits(run.model, masks)
     log("final", **final)
-    report(out, masks if layers else {}, final, changed, dense)
+    checkpoint_path.unlink(missing_ok=True)
+    final |= {"seconds": round(time.monotonic() - started, 1), "peak_mb": round(peak_mb(args))}
+    report(out, masks, final, changed, args)
     return final
+
+
+@contextlib.contextmanager
+def only_run_in(folder):
+    """Inside, a second run in the same folder is refused. The lock is the system's: it goes with the process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows
+            pass
+        except BlockingIOError:
+            raise FileExistsError(f"{folder}: another run is at work in it; wait for it, or give another --out") from None
+        yield
+
+
+@contextlib.contextmanager
+def interruptible():
+    """Inside, a first ctrl-C is only noted, in the list that is given, so that a step is never torn
+    in two; a second one breaks off at once."""
+    noted = []
+
+    def note(*_):
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(True)
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class Log:
+    """metrics.jsonl: one JSON object a line, on disk as soon as it is known. What stands behind the
+    first `keep` bytes is cut off: a resumed run writes it again."""
+
+    def __init__(self, path, keep=0):
+        self.file = open(path, "ab")
+        self.file.truncate(keep)
+
+    def __call__(self, event, **entry):
+        self.file.write(json.dumps({"event": event} | entry).encode() + b"\n")
+        self.file.flush()
+
+    def size(self):
+        os.fsync(self.file.fileno())
+        return self.file.tell()
 
 
 def peak_mb(args):
@@ -350,29 +592,79 @@ def peak_mb(args):
 
 
 def changed_tensors(model, base):
-    """The tensors of a trained model that are no longer those of the checkpoint, bit for bit."""
-    now = model.state_dict()
-    return [name for name, tensor in bert.load_pretrained(base).state_dict().items()
-            if not torch.equal(tensor, now[name].cpu())]
+    """The tensors that were to stay frozen and are no longer those of the checkpoint, bit for bit."""
+    checkpoint = bert.load_pretrained(base).state_dict()
+    return [name for name, p in model.named_parameters()
+            if not p.requires_grad and name in checkpoint and not torch.equal(p.cpu(), checkpoint[name])]
 
 
-def save(out, base, task, model, masks, args, evaluation):
-    """Writes what the task needs beside the base model: the mask, or after fine-tuning a model."""
-    if masks:
-        smp.save_masks(out / "mask.safetensors", masks, {
-            "task": args.task, "method": args.method, "base": str(args.model), "label_words": task.words,
-            "settings": vars(args), **evaluation})
-        return
-    save_model(out / "model", model, base)
+def new_bits(model, masks):
+    """What the task adds to the base model: a bit for each prunable weight, and where weights were
+    trained, 32 for each that is kept and for each bias and LayerNorm."""
+    kept, total = count(masks)
+    trained = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and not name.endswith(".scores"))
+    return total + 32 * (trained - (total - kept) if trained else 0)
+
+
+def plain(model, layers, masks, base):
+    """A Bert with ordinary linears: the weights of `model`, pruned by the masks for good."""
+    result = bert.load_pretrained(base)
+    result.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if not name.endswith(".scores")})
+    for name in layers:
+        result.get_submodule(name).weight.data.mul_(masks[name].cpu())
+    return result
 
 
 def save_model(folder, model, tokenizer_from):
     """A model folder that --model, --teacher and transformers read, with the vocabulary of another."""
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name in data.TOKENIZER_FILES:
         if (Path(tokenizer_from) / name).is_file():
             shutil.copy(Path(tokenizer_from) / name, folder / name)
     bert.save_pretrained(model, folder)
+
+
+# ---------------------------------------------------------------------------------------------
+# Masks at work
+# ---------------------------------------------------------------------------------------------
+
+def use_masks(args):
+    """--eval, --predict, --export: loads the base once, then each mask in turn is folded into it.
+    The task and its settings come with the mask. Returns {mask file: metrics}."""
+    found, written, loaded = {}, [], {}
+    for path in args.eval or args.predict:
+        masks, about = smp.load_masks(path)
+        task, base = data.TASKS[about["task"]], bert.find_pretrained(args.model or about["base"])
+        args.max_length, args.precision = about["settings"]["max_length"], about["settings"]["precision"]
+        if base not in loaded:
+            model, tokenizer = load(base, args)
+            layers = smp.prune(model, prunable(model))
+            loaded[base] = model, tokenizer, layers, smp.fingerprint(layers)
+        model, tokenizer, layers, fingerprint = loaded[base]
+        shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
+        for name in {**shapes, **masks}:
+            if name not in masks or shapes.get(name) != tuple(masks[name].shape):
+                raise ValueError(f"{path}: {name} is {tuple(masks[name].shape) if name in masks else 'not in it'}, in {base} it is "
+                                 f"{shapes.get(name, 'unknown')}; give the model it was made for, {about['base']}, as --model")
+        if fingerprint != about["fingerprint"]:
+            raise ValueError(f"{path}: made for other weights than those of {base} (SHA-256 {about['fingerprint'][:12]}..., "
+                             f"here {fingerprint[:12]}...); give the model it was made for, {about['base']}, as --model")
+        words = label_words(tokenizer, task, base, args)
+        with smp.folded(layers, masks):
+            if args.predict:
+                for split, examples in encoded_splits(task, tokenizer, args, task.test).items():
+                    written.append(data.write_predictions(task, split, predict(model, examples, words, args), args.out or "predictions"))
+                    print(f"{path} -> {written[-1]} ({len(examples):,} lines)")
+            else:
+                found[path] = evaluate(model, encoded_splits(task, tokenizer, args, task.dev), task, words, args)
+                print(f"{path}: {about['task']}, sparsity {sparsity_of(masks):.4f}, {show(found[path])}")
+        if args.export:
+            save_model(args.export, plain(model, layers, masks, base), base)
+            print(f"{path} -> {args.export}/: the pruned model, {base} with zeros where the mask has them")
+    if len(args.predict or ()) > 1:
+        print(f"all of them -> {data.zip_predictions(written)}, as the GLUE site takes it")
+    return found
 
 
 # ---------------------------------------------------------------------------------------------
@@ -384,20 +676,22 @@ def show(metrics):
     return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "score" or len(metrics) > 2)
 
 
-def introduce(args, task, model, layers, tokenizer, train_set):
+def introduce(run):
     """What this run is, before its first step."""
-    text, label = tokenizer.decode(train_set.ids[0], skip_special_tokens=False), train_set.labels[0]
-    learned = sum(layer.scores.numel() for layer in layers.values())
-    rest = sum(p.numel() for p in model.parameters()) - learned
-    settings = " ".join(f"{key}={value}" for key, value in vars(args).items() if value is not None and value is not False)
+    args, words = run.args, run.task.words
+    text, label = run.tokenizer.decode(run.train_set.ids[0], skip_special_tokens=False), run.train_set.labels[0]
+    scores = sum(layer.scores.numel() for layer in run.layers.values())
+    weights = sum(p.numel() for p in run.model.parameters()) - scores
+    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad) - scores * (args.scores_from == "learned")
+    settings = " ".join(f"{key}={value}" for key, value in run.settings().items() if value is not None and value is not False)
     print(textwrap.fill(f"settings    {settings}", 100, subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False))
-    print(f"example     {text} -> " + (f"{label:g}" if task.regression else f"{task.words[label]!r}"))
-    print("head        frozen: " + ("the MLM transform and the label words' rows of the decoder" if model.mlm else
-                                    "dot product of [CLS] and the label words' embeddings (the model has no MLM head)"))
-    print(f"parameters  {rest:,} frozen, {learned:,} scores, one for each prunable weight" if layers else
-          f"parameters  {rest:,} trained, 0 frozen")
-    if args.method == "threshold":
-        print(f"note        threshold does not enforce --sparsity: sigmoid(S) > {args.tau:g} decides, --lambda steers it")
+    print(f"example     {text} -> " + (f"{label:g}" if run.task.regression else f"{words[label]!r}"))
+    print("head        label words: " + ("the MLM transform and their rows of the decoder" if run.model.mlm else
+                                         "dot product of [CLS] and their embeddings (the model has no MLM head)"))
+    print(f"parameters  {weights - trained:,} frozen, {trained:,} trained" + (
+        f", {scores:,} scores, one for each prunable weight, {args.scores_from}" if scores else ""))
+    if args.rule == "threshold":
+        print(f"note        {args.method} does not enforce --sparsity: sigmoid(S) > {args.tau:g} decides, --lambda steers it")
 
 
 def density_table(masks):
@@ -413,7 +707,7 @@ def density_table(masks):
     return "\n".join(lines)
 
 
-def report(out, masks, final, changed, dense):
+def report(out, masks, final, changed, args):
     best, last = final["best"], final["last"]
     print()
     if masks:
@@ -421,11 +715,15 @@ def report(out, masks, final, changed, dense):
         print(f"\nkept {final['kept']:,} of {final['total']:,} weights: sparsity {1 - final['kept'] / final['total']:.6f}")
     print(f"last   epoch {last['epoch']:<5.4g} {show(last['metrics'])}")
     print(f"best   epoch {best['epoch']:<5.4g} {show(best['metrics'])}   <- saved; chosen on dev itself, so a little flattering")
-    if not dense:
+    if masks or changed:
         print("frozen tensors: every one bit-identical to the checkpoint" if not changed else
               f"FROZEN TENSORS CHANGED: {', '.join(changed[:3])} ...")
-    print(f"{final['seconds']:.0f} s, {final['peak_mb']:,} MB at most; {out}/metrics.jsonl and {out}/" + ("model/" if dense else
-          f"mask.safetensors ({(out / 'mask.safetensors').stat().st_size:,} bytes)"))
+    what = ["one bit for each prunable weight"] * bool(masks) + ["32 for each that is kept, each bias and LayerNorm" if masks else
+                                                               "32 for each weight"] * args.trains_weights
+    print(f"new parameters for this task: {final['new_bits']:,} bits, {final['new_bits'] / 8e6:.2f} MB ({', '.join(what)})")
+    files = [f"{out}/metrics.jsonl"] + [f"{out}/model/"] * args.trains_weights + (
+        [f"{out}/mask.safetensors ({(out / 'mask.safetensors').stat().st_size:,} bytes)"] if masks else [])
+    print(f"{final['seconds']:.0f} s, {final['peak_mb']:,} MB at most; {', '.join(files)}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -459,7 +757,7 @@ def pretrain(folder, epochs=2, batch_size=64, lr=4e-4, seed=0):
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min((t + 1) / (steps / 10), 1 - t / steps))
     with tqdm(total=steps, desc="pre-training", dynamic_ncols=True, bar_format=BAR) as bar:
-        for step, batch in enumerate(repeat_epochs(epochs, corpus, batch_size, rng), start=1):
+        for step, batch in enumerate((b for _ in range(epochs) for b in data.batches(corpus, batch_size, rng)), start=1):
             ids = batch["input_ids"]                                            # (B, T)
             is_word = ids > mask_id                                             # the special tokens come first
             hidden = is_word & (torch.rand(ids.shape, generator=rng) < 0.3)
@@ -481,14 +779,15 @@ def pretrain(folder, epochs=2, batch_size=64, lr=4e-4, seed=0):
 def compare(args, learned):
     """Prints what the learned mask is worth, beside other things one can do with the same weights."""
     task = data.TASKS[args.task]
-    model, tokenizer, label_ids = load(args.model, task, args)
+    model, tokenizer = load(args.model, args)
+    label_ids = label_words(tokenizer, task, args.model, args)
     dev = {"dev": data.encode(tokenizer, *data.read_split(task, args.data, "dev"), args.max_length)}
 
     def accuracy():
         return evaluate(model, dev, task, label_ids, args)["accuracy"]
     rows = [("chance: always the commoner label", max(np.bincount(dev["dev"].labels)) / len(dev["dev"])),
             ("the frozen model, nothing pruned", accuracy())]
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed[0])
     layers = smp.prune(model, prunable(model))
     for kind, score in (("a random mask", torch.rand_like), ("a magnitude mask: the largest weights", torch.abs)):
         scores = {name: score(layer.weight) for name, layer in layers.items()}
@@ -499,8 +798,8 @@ def compare(args, learned):
     ceiling = Path(args.data) / "dense"  # the same for every mask: trained once and kept
     if not (ceiling / "done.json").is_file():
         with contextlib.redirect_stdout(None):
-            dense = train(parse_args(["--task", "demo", "--method", "finetune", "--epochs", "2", "--lr", "5e-4", "--dropout", "0",
-                                      "--data", args.data, "--model", args.model, "--out", str(ceiling), "--overwrite"]))
+            dense = main(["--method", "finetune", "--epochs", "2", "--weight-lr", "5e-4", "--dropout", "0", "--device", args.device,
+                          "--data", args.data, "--model", args.model, "--out", str(ceiling), "--overwrite"])
         (ceiling / "done.json").write_text(json.dumps(dense["metrics"]))
     rows.append(("dense fine-tuning, every weight trained", json.loads((ceiling / "done.json").read_text())["accuracy"]))
     print(f"\naccuracy on dev; the three masks remove {args.sparsity:.0%} of the weights and change none")
@@ -512,22 +811,45 @@ def compare(args, learned):
 
 # ---------------------------------------------------------------------------------------------
 
+def run_seeds(args):
+    """One run for each seed; returns the metrics of the one, or of several their mean and spread."""
+    runs = []
+    for seed in args.seed:
+        out = args.out or f"runs/{args.task}-{args.method}-{args.sparsity:g}"
+        out += f"-s{seed}" if not args.out or len(args.seed) > 1 else ""
+        runs.append(train(argparse.Namespace(**vars(args) | {"seed": seed, "out": out})))
+    if len(runs) == 1:
+        return runs[0]
+    together = {"seeds": args.seed, "n": len(runs)}
+    for which in ("best", "last"):
+        for name in runs[0][which]["metrics"]:
+            values = [run[which]["metrics"][name] for run in runs]
+            together |= {f"{which}_{name}": values, f"{which}_{name}_mean": np.mean(values), f"{which}_{name}_std": np.std(values, ddof=1)}
+    print(f"\n{len(runs)} seeds, mean ± sample standard deviation")
+    for key in [key.removesuffix("_mean") for key in together if key.endswith("_mean")]:
+        print(f"  {key.replace('_', ' '):<16} {together[f'{key}_mean']:.4f} ± {together[f'{key}_std']:.4f}")
+    print(json.dumps(together))
+    return together
+
+
 def main(argv=None):
     """Runs the command line; returns the final metrics. Bad input, from flag to file, ends in one
     line on stderr and exit code 2; ctrl-C in exit code 130."""
     args, started = parse_args(argv), time.monotonic()
     try:
+        if args.eval or args.predict:
+            return use_masks(args)
         if args.task == "demo":
             prepare_demo(args.data)
-        final = train(args)
-        if args.task == "demo" and args.method in smp.RULES:
+        final = run_seeds(args)
+        if args.task == "demo" and args.method in smp.RULES and len(args.seed) == 1:
             compare(args, final)
             print(f"\n{time.monotonic() - started:.0f} s in all, {peak_mb(args):,.0f} MB of memory at most")
         return final
     except KeyboardInterrupt:
-        print("\ninterrupted; what had been saved is still there", file=sys.stderr)
+        print("\ninterrupted; the same command with --resume goes on from here, if a run had begun", file=sys.stderr)
         raise SystemExit(130) from None
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
         if args.debug:
             raise
         print(f"error: {error}", file=sys.stderr)
