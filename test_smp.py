@@ -23,6 +23,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from pathlib import Path
 
@@ -1055,17 +1056,199 @@ def test_a_diverged_run_says_at_which_step(world, capsys):
     assert "diverged" in fails(world, "--method", "finetune", "--weight-lr", "1e30", capsys=capsys)
 
 
-def test_ctrl_c_ends_quietly(world):
+@pytest.mark.parametrize("method, bits", [
+    ("random", lambda n, kept, rest: n), ("magnitude", lambda n, kept, rest: n + 32 * (kept + rest)),
+    ("movement", lambda n, kept, rest: n + 32 * (kept + rest)), ("soft-movement", lambda n, kept, rest: n + 32 * (kept + rest))])
+def test_the_other_methods_ship_what_they_train(world, method, bits):
+    """Where weights are trained the kept ones must be shipped, with the biases and LayerNorms; the
+    embeddings and the head stay frozen everywhere. The model folder gives the metrics without a mask."""
+    final = world("--method", method, "--epochs", "4", *(("--tau", "0.4", "--init", "zero") if method == "soft-movement" else ()))
+    encoder = bert.load_pretrained(world.folder / "model").layers
+    rest = sum(p.numel() for p in encoder.parameters()) - final["total"]
+    assert final["new_bits"] == bits(final["total"], final["kept"], rest) and final["frozen_unchanged"]
+    assert 0 < final["kept"] < final["total"] and (method == "soft-movement" or final["kept"] == final["total"] // 2)
+    if method != "random":
+        model = bert.load_pretrained(world.folder / "run/model")
+        assert sum(int(model.get_submodule(name).weight.count_nonzero()) for name in train.prunable(model)) <= final["kept"]
+        mask = str(world.folder / "run/mask.safetensors")
+        assert train.main(["--eval", mask, "--data", str(world.folder / "glue"), "--device", "cpu"])[mask] == final["metrics"]
+
+
+def test_several_seeds_give_mean_and_spread(world, capsys):
+    together = world("--seed", "0", "1", "2", "--epochs", "1")
+    ones = [world("--seed", str(s), "--epochs", "1", out=f"one{s}")["best"]["metrics"]["accuracy"] for s in range(3)]
+    assert together["best_accuracy"] == ones and together["n"] == 3
+    assert together["best_accuracy_mean"] == pytest.approx(np.mean(ones)) and together["best_accuracy_std"] == pytest.approx(np.std(ones, ddof=1))
+    assert json.dumps(together) in capsys.readouterr().out
+
+
+def test_a_mask_is_evaluated_to_the_last_digit_and_exported(world, capsys):
+    final = world()
+    mask, glue = str(world.folder / "run/mask.safetensors"), str(world.folder / "glue")
+    assert train.main(["--eval", mask, "--data", glue, "--device", "cpu", "--export", str(world.folder / "pruned")])[mask] == final["metrics"]
+    again = world("--model", str(world.folder / "pruned"), "--method", "smp-l", "--sparsity", "0", "--epochs", "1", out="again")
+    assert again["metrics"] == final["metrics"]                             # the zeros are in the weights now
+    transformers = pytest.importorskip("transformers", reason="pip install transformers for the oracle")
+    theirs, info = transformers.BertForMaskedLM.from_pretrained(world.folder / "pruned", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ours, ids = bert.load_pretrained(world.folder / "pruned"), torch.randint(5, len(WORDS), (3, 9))
+    words = torch.tensor([6, 7])
+    with torch.no_grad():
+        assert torch.allclose(theirs.eval()(ids).logits[:, 0, words], ours.label_logits(ours(ids), words), atol=1e-5)
+
+
+def test_a_mask_fits_its_own_model_alone(world, capsys):
+    world("--epochs", "1")
+    model = bert.load_pretrained(world.folder / "model")
+    model.layers[0].Q.weight.data[0, 0] += 1
+    train.save_model(world.folder / "other", model, world.folder / "model")
+    masks, about = smp.load_masks(world.folder / "run/mask.safetensors")
+    smp.save_masks(world.folder / "cut", {name: mask for name, mask in masks.items() if name != "layers.1.K"}, about)
+
+    def refused(mask, *flags):
+        return fails(lambda *f: train.main(["--eval", str(mask), "--data", str(world.folder / "glue"), *f]), *flags, capsys=capsys)
+    assert "other weights" in refused(world.folder / "run/mask.safetensors", "--model", str(world.folder / "other"))
+    assert "layers.1.K is not in it" in refused(world.folder / "cut")
+    assert "not a whole mask file" in refused(world.folder / "model/model.safetensors")
+
+
+def test_predictions_are_what_glue_takes(world):
+    """Two tasks from one model in memory: their masks are all that is switched."""
+    rows = [f"{i}\t{'good' if i % 3 else 'bad'} film\ta b" for i in range(30)]
+    for split in ("train", "dev_matched", "dev_mismatched", "test_matched", "test_mismatched"):
+        label = lambda i: "" if "test" in split else ("\tgold_label" if i < 0 else "\tneutral" if i % 3 else "\tentailment")
+        lines = ["index\tsentence1\tsentence2" + label(-1)] + [row + label(i) for i, row in enumerate(rows)]
+        write(world.folder / f"glue/MNLI/{split}.tsv", "\n".join(lines) + "\n")
+    write(world.folder / "glue/SST-2/test.tsv", "index\tsentence\n0\ta good film .\n1\ta b bad film .\n2\tc good film .\n")
+    world("--epochs", "6", "--lr", "0.05", "--dropout", "0", out="a"), world("--epochs", "1", task="mnli", out="b")
+    train.main(["--predict", *(str(world.folder / f"{run}/mask.safetensors") for run in "ab"), "--data", str(world.folder / "glue"),
+                "--out", str(world.folder / "predictions")])
+    assert (world.folder / "predictions/SST-2.tsv").read_text() == "index\tprediction\n0\t1\n1\t0\n2\t1\n"
+    lines = (world.folder / "predictions/MNLI-mm.tsv").read_text().splitlines()
+    assert len(lines) == 31 and lines[7].startswith("6\t") and {line.split("\t")[1] for line in lines[1:]} <= set(data.TASKS["mnli"].labels)
+    with zipfile.ZipFile(world.folder / "predictions/submission.zip") as z:
+        assert z.namelist() == ["SST-2.tsv", "MNLI-m.tsv", "MNLI-mm.tsv"]
+
+
+def test_switching_tasks_is_switching_masks():
+    """Two tasks on one frozen model, in memory, each as if it were alone."""
+    model = tiny_bert()
+    names = train.prunable(model)
+    layers, ids = smp.prune(model, names), torch.randint(5, 30, (2, 7))
+    tasks = [{name: torch.rand_like(layer.weight) < 0.5 for name, layer in layers.items()} for _ in range(2)]
+    seen = []
+    for masks in (*tasks, tasks[0]):
+        with smp.folded(layers, masks), torch.no_grad():
+            seen.append(model(ids))
+    assert torch.equal(seen[0], seen[2]) and not torch.equal(seen[0], seen[1])
+
+
+# ---- runs that are killed
+
+def command(world, *flags, out="run"):
+    return [sys.executable, str(HERE / "train.py"), "--task", "sst2", "--model", str(world.folder / "model"), "--data", str(world.folder / "glue"),
+            "--out", str(world.folder / out), "--max-length", "16", "--device", "cpu", "--epochs", "30", "--batch-size", "8", "--sparsity", "0.5",
+            "--checkpoint-every", "0", "--dropout", "0.1", *flags]
+
+
+def left_behind(folder):
+    """All that a finished run leaves; of the settings nothing but the folder's name may differ."""
+    masks, about = smp.load_masks(folder / "mask.safetensors")
+    about["settings"].pop("out")
+    lines = log_of(folder)
+    lines[0].pop("out")
+    return lines, about, {name: mask.tolist() for name, mask in masks.items()}
+
+
+@pytest.mark.parametrize("kills", [int(os.environ.get("KILLS", 3))])
+def test_a_killed_run_ends_as_if_nothing_had_happened(world, kills):
+    """SIGKILL at random moments, --resume each time. KILLS=20 pytest -k killed for more of it."""
+    subprocess.run(command(world, out="whole"), check=True, capture_output=True, timeout=120)
+    random, killed = np.random.default_rng(0), 0
+    while True:
+        process = subprocess.Popen(command(world, "--resume"), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        if killed == kills:
+            assert "resuming" in process.communicate(timeout=120)[0] and process.returncode == 0
+            break
+        for line in process.stdout:  # wait until it is at work
+            if line.startswith("parameters"):
+                break
+        time.sleep(random.uniform(0.05, 3 / kills))
+        process.kill()
+        process.communicate()
+        killed += 1
+    assert left_behind(world.folder / "run") == left_behind(world.folder / "whole")
+    assert not list(world.folder.glob("run/checkpoint*"))
+
+
+def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(world):
     """A real SIGINT into a real process."""
-    command = [sys.executable, str(HERE / "train.py"), "--task", "sst2", "--model", str(world.folder / "model"), "--data",
-               str(world.folder / "glue"), "--out", str(world.folder / "run"), "--epochs", "10000", "--max-length", "16"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(world, "--checkpoint-every", "1000"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
-        if line.startswith("epoch"):
+        if line.startswith("epoch 2"):
             break
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "interrupted" in errors and "Traceback" not in errors
+    assert process.returncode == 130 and "--resume" in errors and "Traceback" not in errors
+    subprocess.run(command(world, "--resume"), check=True, capture_output=True, timeout=120)
+    subprocess.run(command(world, out="whole"), check=True, capture_output=True, timeout=120)
+    assert left_behind(world.folder / "run") == left_behind(world.folder / "whole")
+
+
+@pytest.fixture
+def interrupted(world, monkeypatch):
+    """A run that broke off after a checkpoint in its second epoch."""
+    real = train.Run.train_step
+
+    def limited(run, batch):
+        if run.state["step"] == 25:
+            raise KeyboardInterrupt
+        return real(run, batch)
+    monkeypatch.setattr(train.Run, "train_step", limited)
+    with pytest.raises(SystemExit):
+        world("--checkpoint-every", "0")
+    monkeypatch.setattr(train.Run, "train_step", real)
+    return world
+
+
+def test_a_damaged_checkpoint_is_named(interrupted, capsys):
+    path = interrupted.folder / "run/checkpoint.safetensors"
+    good = path.read_bytes()
+    for damaged in (good[:-9], good[:-9] + b"\1" + good[-8:], b"", b"x" * 99):
+        path.write_bytes(damaged)
+        message = fails(interrupted, "--resume", capsys=capsys)
+        assert "checkpoint.safetensors: damaged" in message and path.read_bytes() == damaged
+    path.write_bytes(good)
+    assert "lr 0.02, this run has 0.01" in fails(interrupted, "--resume", "--lr", "0.01", capsys=capsys)
+    assert interrupted("--resume")["last"]["step"] == 60
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(interrupted, capsys):
+    resource = pytest.importorskip("resource", reason="a limit on file sizes stands in for a full disk")
+    path = interrupted.folder / "run/checkpoint.safetensors"
+    good, before = path.read_bytes(), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(good) // 2, limits[1]))
+        message = fails(interrupted, "--resume", "--checkpoint-every", "0", capsys=capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert "checkpoint.safetensors" in message and path.read_bytes() == good
+    whole = interrupted(out="whole")
+    assert interrupted("--resume")["metrics"] == whole["metrics"]
+
+
+def test_two_runs_at_once_are_refused(world, capsys):
+    with train.only_run_in(world.folder / "run"):
+        assert "another run is at work" in fails(world, capsys=capsys)
+    world("--epochs", "1")
+
+
+def test_a_complete_run_is_not_resumed(world, capsys):
+    final = world("--epochs", "1")
+    assert world("--epochs", "1", "--resume")["metrics"] == final["metrics"]
+    assert "nothing to resume" in capsys.readouterr().out
 
 
 def test_a_model_comes_from_the_hub(world, tmp_path, monkeypatch):

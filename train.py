@@ -112,7 +112,8 @@ def parse_args(argv):
     g.add_argument("--export", metavar="DIR", help="with --eval MASK: write the pruned model as a Hugging Face-layout folder")
     g = p.add_argument_group("how long (the paper's: they depend on the number of training examples)")
     g.add_argument("--epochs", type=whole, metavar="E", help="default: 12 above 10,000 examples, 100 below 3,000, else 60")
-    g.add_argument("--batch-size", type=whole, metavar="B", help="default: 64 above 10,000 examples, else 32")
+    g.add_argument("--batch-size", type=whole, metavar="B", help="default: 64 above 10,000 examples, else 32, and as little as "
+                   "16 to come to 1,500 steps")
     g.add_argument("--limit", type=whole, metavar="N", help="use only the first N training examples (default: all)")
     g.add_argument("--eval-every", type=whole, metavar="STEPS", help="steps between evaluations (default: one epoch)")
     g = p.add_argument_group("the method")
@@ -151,6 +152,8 @@ def parse_args(argv):
                 setattr(args, name, value)
     if args.export and len(args.eval or ()) != 1:
         p.error("--export needs --eval with one mask, the one to export")
+    if args.eval or args.predict:
+        return args
     args.scores_from, args.rule, weights = METHODS[args.method]
     args.trains_weights = weights == "trained"
     if not args.scores_from:  # nothing is removed, from the first step on
@@ -159,7 +162,7 @@ def parse_args(argv):
         args.init, args.lam, args.pull = args.scores_from, 0.0, None
     if args.task == "demo":
         args.overwrite |= args.out is None and not args.resume  # a demo is there to be run again
-        default(data="demo", epochs=3)
+        default(data="demo", epochs=3, batch_size=32)
         default(model=f"{args.data}/model")
     default(data="glue", model="bert-base-uncased", ramp=0.5, init="magnitude", dropout=0.2 if args.sparsity <= 0.5 else 0.0,
             pull=1.0 if args.lam is None else None, precision="bf16" if args.device.startswith("cuda") else "fp32")
@@ -244,10 +247,14 @@ def encoded_splits(task, tokenizer, args, splits):
 
 def resolve_sizes(args, n):
     """Fills in what depends on the number of training examples: the paper's epochs and batch for
-    its large and small tasks, its longer run for RTE."""
+    its large and small tasks, its longer run for RTE. A step moves a score by about lr, however large
+    the batch, so that a run of few steps does better to take smaller ones."""
     large = n > 10_000
     args.epochs = args.epochs or (12 if large else 60 if n >= 3_000 else 100)
-    args.batch_size = args.batch_size or (64 if large else 32)
+    if args.batch_size is None:
+        args.batch_size = 64 if large else 32
+        while args.batch_size > 16 and args.epochs * n / args.batch_size < 1500:
+            args.batch_size //= 2
     args.epoch_steps = math.ceil(n / args.batch_size)
     args.steps = args.epochs * args.epoch_steps
     args.ramp_steps = round(args.ramp * args.steps)
@@ -379,13 +386,14 @@ class Run:
 
     def save(self, masks):
         """Writes what the task needs beside the base model: the mask, or where weights were trained, a model."""
-        out, metadata_base = Path(self.args.out), str(self.args.model)
-        if self.args.trains_weights:
-            save_model(out / "model", plain(self.model, self.layers, masks, self.base), self.base)
-            metadata_base = str(out / "model")
+        out, base, layers = Path(self.args.out), str(self.args.model), self.layers
+        if self.args.trains_weights:  # then the base that the mask belongs to is the model that is shipped with it
+            base, shipped = str(out / "model"), plain(self.model, masks, self.base)
+            save_model(base, shipped, self.base)
+            layers = {name: shipped.get_submodule(name) for name in masks}
         if masks:
             smp.save_masks(out / "mask.safetensors", masks, {
-                "task": self.args.task, "method": self.args.method, "base": metadata_base, "fingerprint": smp.fingerprint(self.layers),
+                "task": self.args.task, "method": self.args.method, "base": base, "fingerprint": smp.fingerprint(layers),
                 "label_words": self.task.words, "kept": {name: int(mask.count_nonzero()) for name, mask in masks.items()},
                 "settings": self.settings(), **self.state["best"]})
 
@@ -411,11 +419,15 @@ class Run:
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise FloatingPointError("nan or inf in what is being learned: the run has diverged")
         header = json.dumps({"state": self.state, "settings": self.settings()})
-        part = f"{path}.part"
-        save_file(tensors, part, metadata={"header": header, "sha256": checksum(header, tensors)})
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        part = Path(f"{path}.part")
+        try:
+            save_file(tensors, part, metadata={"header": header, "sha256": checksum(header, tensors)})
+            with open(part, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except (OSError, SafetensorError) as error:
+            part.unlink(missing_ok=True)
+            raise OSError(f"{path}: cannot be written ({error}); the one before it, if any, is untouched: --resume goes on from there") from None
 
     def resume(self, path):
         """Goes back to where a checkpoint was written. Raises ValueError for one that is damaged or
@@ -569,6 +581,7 @@ class Log:
     def __init__(self, path, keep=0):
         self.file = open(path, "ab")
         self.file.truncate(keep)
+        self.file.seek(keep)
 
     def __call__(self, event, **entry):
         self.file.write(json.dumps({"event": event} | entry).encode() + b"\n")
@@ -606,11 +619,11 @@ def new_bits(model, masks):
     return total + 32 * (trained - (total - kept) if trained else 0)
 
 
-def plain(model, layers, masks, base):
+def plain(model, masks, base):
     """A Bert with ordinary linears: the weights of `model`, pruned by the masks for good."""
     result = bert.load_pretrained(base)
     result.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if not name.endswith(".scores")})
-    for name in layers:
+    for name in masks:
         result.get_submodule(name).weight.data.mul_(masks[name].cpu())
     return result
 
@@ -637,6 +650,7 @@ def use_masks(args):
         masks, about = smp.load_masks(path)
         task, base = data.TASKS[about["task"]], bert.find_pretrained(args.model or about["base"])
         args.max_length, args.precision = about["settings"]["max_length"], about["settings"]["precision"]
+        args.data = args.data or about["settings"]["data"]
         if base not in loaded:
             model, tokenizer = load(base, args)
             layers = smp.prune(model, prunable(model))
@@ -660,7 +674,7 @@ def use_masks(args):
                 found[path] = evaluate(model, encoded_splits(task, tokenizer, args, task.dev), task, words, args)
                 print(f"{path}: {about['task']}, sparsity {sparsity_of(masks):.4f}, {show(found[path])}")
         if args.export:
-            save_model(args.export, plain(model, layers, masks, base), base)
+            save_model(args.export, plain(model, masks, base), base)
             print(f"{path} -> {args.export}/: the pruned model, {base} with zeros where the mask has them")
     if len(args.predict or ()) > 1:
         print(f"all of them -> {data.zip_predictions(written)}, as the GLUE site takes it")
