@@ -126,8 +126,8 @@ def parse_args(argv):
     strength.add_argument("--lambda", type=positive, dest="lam", metavar="L", help="lambda itself; the paper's is 400")
     g.add_argument("--ramp", type=number(0, 1), metavar="F",
                    help="fraction of the steps in which the sparsity grows to its target (default: 0.5)")
-    g.add_argument("--init", choices=["zero", "magnitude"], help="scores to start from: 0, or |W| over the standard "
-                   "deviation of its matrix (default: magnitude)")
+    g.add_argument("--init", choices=["zero", "magnitude"], help="scores to start from: 0, or |W| over twice the standard "
+                   "deviation of its matrix (default: magnitude; zero for the demo)")
     g.add_argument("--dropout", type=number(0, 1, closed=False), metavar="P", help="dropout while training (default: 0.1 where at least half of "
                    "the weights are kept, else 0)")
     g.add_argument("--tau", type=number(0, 1), default=0.1, metavar="T",
@@ -162,7 +162,7 @@ def parse_args(argv):
         args.init, args.lam, args.pull = args.scores_from, 0.0, None
     if args.task == "demo":
         args.overwrite |= args.out is None and not args.resume  # a demo is there to be run again
-        default(data="demo", epochs=3, batch_size=32)
+        default(data="demo", epochs=3, batch_size=32, init="zero")  # in weights a minute old, size means little
         default(model=f"{args.data}/model")
     default(data="glue", model="bert-base-uncased", ramp=0.5, init="magnitude", dropout=0.2 if args.sparsity <= 0.5 else 0.0,
             pull=1.0 if args.lam is None else None, precision="bf16" if args.device.startswith("cuda") else "fp32")
