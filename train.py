@@ -113,7 +113,7 @@ def parse_args(argv):
     g = p.add_argument_group("how long (the paper's: they depend on the number of training examples)")
     g.add_argument("--epochs", type=whole, metavar="E", help="default: 12 above 10,000 examples, 100 below 3,000, else 60")
     g.add_argument("--batch-size", type=whole, metavar="B", help="default: 64 above 10,000 examples, else 32, and as little as "
-                   "16 to come to 1,500 steps")
+                   "16 to come to 1,500 steps where more than half is removed")
     g.add_argument("--limit", type=whole, metavar="N", help="use only the first N training examples (default: all)")
     g.add_argument("--eval-every", type=whole, metavar="STEPS", help="steps between evaluations (default: one epoch)")
     g = p.add_argument_group("the method")
@@ -248,12 +248,12 @@ def encoded_splits(task, tokenizer, args, splits):
 def resolve_sizes(args, n):
     """Fills in what depends on the number of training examples: the paper's epochs and batch for
     its large and small tasks, its longer run for RTE. A step moves a score by about lr, however large
-    the batch, so that a run of few steps does better to take smaller ones."""
+    the batch, so that a short run to high sparsity does better to take more and smaller ones."""
     large = n > 10_000
     args.epochs = args.epochs or (12 if large else 60 if n >= 3_000 else 100)
     if args.batch_size is None:
         args.batch_size = 64 if large else 32
-        while args.batch_size > 16 and args.epochs * n / args.batch_size < 1500:
+        while args.sparsity > 0.5 and args.batch_size > 16 and args.epochs * n / args.batch_size < 1500:
             args.batch_size //= 2
     args.epoch_steps = math.ceil(n / args.batch_size)
     args.steps = args.epochs * args.epoch_steps
