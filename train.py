@@ -128,8 +128,9 @@ def parse_args(argv):
                    help="fraction of the steps in which the sparsity grows to its target (default: 0.5)")
     g.add_argument("--init", choices=["zero", "magnitude"], help="scores to start from: 0, or |W| over twice the standard "
                    "deviation of its matrix (default: magnitude; zero for the demo)")
-    g.add_argument("--dropout", type=number(0, 1, closed=False), metavar="P", help="dropout while training (default: 0.1 where at least half of "
-                   "the weights are kept, else 0)")
+    g.add_argument("--dropout", type=number(0, 1, closed=False), metavar="P", help="dropout while training (default: 0.1 where weights "
+                   "are trained, else 0.2 where at least half of them are kept, else 0)")
+    g.add_argument("--paper", action="store_true", help="the published recipe: --init zero --lambda 400 --dropout 0.1, batches never below 32")
     g.add_argument("--tau", type=number(0, 1), default=0.1, metavar="T",
                    help="for --method threshold: keep where sigmoid(S) > T (default: 0.1)")
     g.add_argument("--temperature", type=number(1e-3, math.inf), default=2.0, metavar="T", help="of the distillation (default: 2)")
@@ -160,11 +161,14 @@ def parse_args(argv):
         args.sparsity = args.ramp = 0.0
     if args.scores_from != "learned":
         args.init, args.lam, args.pull = args.scores_from, 0.0, None
+    if args.paper:
+        default(init="zero", lam=400.0 if args.pull is None else None, dropout=0.1)
     if args.task == "demo":
         args.overwrite |= args.out is None and not args.resume  # a demo is there to be run again
         default(data="demo", epochs=3, batch_size=32, init="zero")  # in weights a minute old, size means little
         default(model=f"{args.data}/model")
-    default(data="glue", model="bert-base-uncased", ramp=0.5, init="magnitude", dropout=0.2 if args.sparsity <= 0.5 else 0.0,
+    default(data="glue", model="bert-base-uncased", ramp=0.5, init="magnitude",
+            dropout=0.1 if args.trains_weights else 0.2 if args.sparsity <= 0.5 else 0.0,
             pull=1.0 if args.lam is None else None, precision="bf16" if args.device.startswith("cuda") else "fp32")
     return args
 
@@ -253,7 +257,7 @@ def resolve_sizes(args, n):
     args.epochs = args.epochs or (12 if large else 60 if n >= 3_000 else 100)
     if args.batch_size is None:
         args.batch_size = 64 if large else 32
-        while args.sparsity > 0.5 and args.batch_size > 16 and args.epochs * n / args.batch_size < 1500:
+        while not args.paper and args.sparsity > 0.5 and args.batch_size > 16 and args.epochs * n / args.batch_size < 1500:
             args.batch_size //= 2
     args.epoch_steps = math.ceil(n / args.batch_size)
     args.steps = args.epochs * args.epoch_steps
