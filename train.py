@@ -446,7 +446,7 @@ class Run:
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: damaged ({error}); start over with --overwrite") from None
         for key, value in json.loads(json.dumps(self.settings())).items():
-            if header["settings"].get(key) != value:
+            if key != "out" and header["settings"].get(key) != value:
                 raise ValueError(f"{path}: written with {key} {header['settings'].get(key)}, this run has {value}; "
                                  "resume with the flags of the interrupted run")
         self.state = header["state"]
