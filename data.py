@@ -157,10 +157,14 @@ def load_tokenizer(folder):
         return tokenizer
     if not vocab.is_file():
         raise FileNotFoundError(f"{vocab}: no such file, and no tokenizer.json; a model folder needs one of the two")
-    lower = True
-    if config.is_file():
-        lower = json.loads(config.read_text("utf-8")).get("do_lower_case", True)
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece.from_file(str(vocab), unk_token="[UNK]"))
+    try:
+        lower = not config.is_file() or json.loads(config.read_text("utf-8")).get("do_lower_case", True)
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{config}: not valid JSON ({error}); expected a tokenizer's settings") from None
+    try:
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece.from_file(str(vocab), unk_token="[UNK]"))
+    except Exception as error:
+        raise ValueError(f"{vocab}: not a vocabulary ({error}); expected a token a line, in UTF-8") from None
     tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=lower)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     special = [(token, tokenizer.token_to_id(token)) for token in ("[SEP]", "[CLS]")]

@@ -242,7 +242,7 @@ def label_words(tokenizer, task, folder, args):
     try:
         return data.label_ids(tokenizer, task.words).to(args.device)
     except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
+        raise ValueError(f"{folder}, tokenizer.json or vocab.txt: {error}") from None
 
 
 def encoded_splits(task, tokenizer, args, splits):
@@ -524,8 +524,9 @@ def train(args):
                         checkpoint()
                         saved, cost = time.monotonic(), time.monotonic() - now
                 except FloatingPointError as error:
-                    raise FloatingPointError(f"step {state['step']}: {error}; what was saved in {out} before is good; "
-                                             "try a smaller learning rate") from None
+                    advice = f"what was saved in {out} before is good; try a smaller learning rate" if state["step"] > 1 else \
+                        f"as nothing had been learned yet, {run.base}/model.safetensors may be damaged"
+                    raise FloatingPointError(f"step {state['step']}: {error}; {advice}") from None
                 if interrupts:
                     raise KeyboardInterrupt
         if state["last"] is None:  # a random mask: there was nothing to learn
