@@ -397,7 +397,7 @@ class Run:
             layers = {name: shipped.get_submodule(name) for name in masks}
         if masks:
             smp.save_masks(out / "mask.safetensors", masks, {
-                "task": self.args.task, "method": self.args.method, "base": base, "fingerprint": smp.fingerprint(layers),
+                "task": self.args.task, "method": self.args.method, "base": base, "fingerprint": fingerprint(layers),
                 "label_words": self.task.words, "kept": {name: int(mask.count_nonzero()) for name, mask in masks.items()},
                 "settings": self.settings(), **self.state["best"]})
 
@@ -624,6 +624,14 @@ def new_bits(model, masks):
     return total + 32 * (trained - (total - kept) if trained else 0)
 
 
+def fingerprint(layers):
+    """SHA-256, in hex, of the layers' weights: it tells whether a mask was made for this model."""
+    digest = hashlib.sha256()
+    for name, layer in layers.items():
+        digest.update(name.encode() + layer.weight.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def plain(model, masks, base):
     """A Bert with ordinary linears: the weights of `model`, pruned by the masks for good."""
     result = bert.load_pretrained(base)
@@ -659,16 +667,16 @@ def use_masks(args):
         if base not in loaded:
             model, tokenizer = load(base, args)
             layers = smp.prune(model, prunable(model))
-            loaded[base] = model, tokenizer, layers, smp.fingerprint(layers)
-        model, tokenizer, layers, fingerprint = loaded[base]
+            loaded[base] = model, tokenizer, layers, fingerprint(layers)
+        model, tokenizer, layers, here = loaded[base]
         shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
         for name in {**shapes, **masks}:
             if name not in masks or shapes.get(name) != tuple(masks[name].shape):
                 raise ValueError(f"{path}: {name} is {tuple(masks[name].shape) if name in masks else 'not in it'}, in {base} it is "
                                  f"{shapes.get(name, 'unknown')}; give the model it was made for, {about['base']}, as --model")
-        if fingerprint != about["fingerprint"]:
+        if here != about["fingerprint"]:
             raise ValueError(f"{path}: made for other weights than those of {base} (SHA-256 {about['fingerprint'][:12]}..., "
-                             f"here {fingerprint[:12]}...); give the model it was made for, {about['base']}, as --model")
+                             f"here {here[:12]}...); give the model it was made for, {about['base']}, as --model")
         words = label_words(tokenizer, task, base, args)
         with smp.folded(layers, masks):
             if args.predict:
