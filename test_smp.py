@@ -1110,6 +1110,10 @@ def test_a_mask_fits_its_own_model_alone(world, capsys):
     assert "other weights" in refused(world.folder / "run/mask.safetensors", "--model", str(world.folder / "other"))
     assert "layers.1.K is not in it" in refused(world.folder / "cut")
     assert "not a whole mask file" in refused(world.folder / "model/model.safetensors")
+    assert "a mask for sst2; --task asks for mrpc" in refused(world.folder / "run/mask.safetensors", "--task", "mrpc")
+    smp.save_masks(world.folder / "bare", masks, {})
+    assert "which task" in refused(world.folder / "bare")
+    assert "holds a model already" in refused(world.folder / "run/mask.safetensors", "--export", str(world.folder / "model"))
 
 
 def test_predictions_are_what_glue_takes(world):

@@ -87,7 +87,7 @@ def parse_args(argv):
     p = Parser(prog="train.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
     positive, whole = number(0, math.inf), number(1, math.inf, int)
     g = p.add_argument_group("what")
-    g.add_argument("--task", choices=data.TASKS, default="demo", help="a GLUE task, or demo, which needs no data (default: demo)")
+    g.add_argument("--task", choices=data.TASKS, help="a GLUE task, or demo, which needs no data (default: demo)")
     g.add_argument("--sparsity", type=number(0, 1, closed=False), default=0.9, metavar="V",
                    help="fraction of the prunable weights to REMOVE (default: 0.9, which keeps one in ten)")
     g.add_argument("--method", choices=METHODS, default="smp-s", help="smp-s, smp-l, global, threshold: the masking functions of "
@@ -163,6 +163,7 @@ def parse_args(argv):
         args.init, args.lam, args.pull = args.scores_from, 0.0, None
     if args.paper:
         default(init="zero", lam=400.0 if args.pull is None else None, dropout=0.1)
+    default(task="demo")
     if args.task == "demo":
         args.overwrite |= args.out is None and not args.resume  # a demo is there to be run again
         default(data="demo", epochs=3, batch_size=32, init="zero")  # in weights a minute old, size means little
@@ -655,15 +656,21 @@ def save_model(folder, model, tokenizer_from):
 # Masks at work
 # ---------------------------------------------------------------------------------------------
 
-def use_masks(args):
+def use_masks(given):
     """--eval, --predict, --export: loads the base once, then each mask in turn is folded into it.
     The task and its settings come with the mask. Returns {mask file: metrics}."""
-    found, written, loaded = {}, [], {}
+    args, found, written, loaded = given, {}, [], {}
+    if args.export and (Path(args.export) / "model.safetensors").exists() and not args.overwrite:
+        raise FileExistsError(f"{args.export}: holds a model already; give --overwrite, or another folder")
     for path in args.eval or args.predict:
         masks, about = smp.load_masks(path)
-        task, base = data.TASKS[about["task"]], bert.find_pretrained(args.model or about["base"])
-        args.max_length, args.precision = about["settings"]["max_length"], about["settings"]["precision"]
-        args.data = args.data or about["settings"]["data"]
+        if not {"task", "base", "fingerprint", "settings"} <= set(about) or about["task"] not in data.TASKS:
+            raise ValueError(f"{path}: its metadata do not say for which task and weights it is; expected a mask that train.py wrote")
+        if args.task not in (None, about["task"]):
+            raise ValueError(f"{path}: a mask for {about['task']}; --task asks for {args.task}")
+        task, base, settings = data.TASKS[about["task"]], bert.find_pretrained(args.model or about["base"]), about["settings"]
+        args = argparse.Namespace(**vars(given) | {"max_length": settings["max_length"], "precision": settings["precision"],
+                                                   "data": given.data or settings["data"]})
         if base not in loaded:
             model, tokenizer = load(base, args)
             layers = smp.prune(model, prunable(model))
