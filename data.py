@@ -117,6 +117,8 @@ def read_split(task, data_dir, split, limit=None):
             labels.append(_parse_label(task, fields[label_column], path, number))
     if not texts:
         raise ValueError(f"{path}: no examples in it; expected at least one line of data")
+    if split == "train" and not task.regression and len(set(labels)) == 1:
+        raise ValueError(f"{path}: every label is {task.labels[labels[0]]!r}; expected examples of two classes at the least (see --limit)")
     return texts, None if is_test else np.array(labels, np.float32 if task.regression else np.int64)
 
 

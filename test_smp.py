@@ -1030,7 +1030,7 @@ def fails(run, *flags, capsys, code=2, **kwargs):
     (["--task", "mprc"], "mprc"), (["--sparsity", "90"], "from 0"), (["--sparsity", "-0.1"], "from 0"),
     (["--sparsity", "nan"], "from 0"), (["--epochs", "0"], "whole number"), (["--epochs", "2.5"], "whole number"),
     (["--model", "/no/such/folder"], "/no/such/folder"), (["--method", "smp"], "smp"), (["--max-length", "999"], "positions"),
-    (["--device", "quantum"], "quantum"), (["--pull", "1", "--lambda", "400"], "not allowed with"), (["--frobnicate"], "frobnicate"), (["--teacher", "/nowhere"], "/nowhere"),
+    (["--device", "quantum"], "quantum"), (["--pull", "1", "--lambda", "400"], "not allowed with"), (["--frobnicate"], "frobnicate"), (["--resume", "--overwrite"], "one of them"), (["--export", "x"], "--eval"), (["--teacher", "/nowhere"], "/nowhere"),
 ])
 def test_wrong_flags_end_in_one_line(world, capsys, flags, message, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -1044,7 +1044,7 @@ def test_wrong_flags_end_in_one_line(world, capsys, flags, message, monkeypatch)
     (b"sentence\tlabel\na good film\t7\n", "train.tsv, line 2: label '7' is unknown"),
     (b"sentence\tlabel\n", "train.tsv: no examples"), (b"", "train.tsv, line 1: no column 'sentence'"),
     (b"text\tlabel\na\t1\n", "no column 'sentence'"), (b"sentence\tlabel\n\xff\t1\n", "line 2: not UTF-8"),
-    (b"sentence\tlabel\na\0\t1\n", "line 2: a NUL byte"), (None, "train.tsv: no such file"),
+    (b"sentence\tlabel\na\t1\nb\t1\n", "train.tsv: every label is '1'"), (b"sentence\tlabel\na\0\t1\n", "line 2: a NUL byte"), (None, "train.tsv: no such file"),
 ])
 def test_bad_tsvs_end_in_one_line(world, capsys, content, message):
     path = world.folder / "glue/SST-2/train.tsv"
@@ -1253,6 +1253,11 @@ def test_a_complete_run_is_not_resumed(world, capsys):
     final = world("--epochs", "1")
     assert world("--epochs", "1", "--resume")["metrics"] == final["metrics"]
     assert "nothing to resume" in capsys.readouterr().out
+
+
+def test_a_vocabulary_of_another_model_is_refused(world, capsys):
+    write(world.folder / "model/vocab.txt", "\n".join([*WORDS, "one", "too", "many"]) + "\n")
+    assert "not of one model" in fails(world, capsys=capsys)
 
 
 def damaged(content, how, rng):

@@ -151,6 +151,8 @@ def parse_args(argv):
         for name, value in values.items():
             if getattr(args, name) is None:
                 setattr(args, name, value)
+    if args.resume and args.overwrite:
+        p.error("--resume goes on with a run, --overwrite starts it over: give one of them")
     if args.export and len(args.eval or ()) != 1:
         p.error("--export needs --eval with one mask, the one to export")
     if args.eval or args.predict:
@@ -230,9 +232,9 @@ def load(folder, args):
     """A model folder -> (model on its device, tokenizer)."""
     model = bert.load_pretrained(folder).to(args.device)
     tokenizer = data.load_tokenizer(folder)
-    if tokenizer.get_vocab_size() > model.config.vocab_size:
-        raise ValueError(f"{folder}: the vocabulary has {tokenizer.get_vocab_size()} tokens, the embedding "
-                         f"only {model.config.vocab_size} rows")
+    tokens, rows = tokenizer.get_vocab_size(), model.config.vocab_size
+    if not rows - 128 < tokens <= rows:  # some models pad their embeddings to a round number
+        raise ValueError(f"{folder}: tokenizer.json or vocab.txt has {tokens} tokens, the embedding {rows} rows; they are not of one model")
     if args.max_length > model.config.max_position_embeddings:
         raise ValueError(f"--max-length {args.max_length}: this model has {model.config.max_position_embeddings} positions")
     return model, tokenizer
@@ -886,7 +888,9 @@ def main(argv=None):
     except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
         if args.debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        # A disk that is full says so without saying where.
+        nameless = isinstance(error, SafetensorError) or isinstance(error, OSError) and error.errno and not error.filename
+        print(f"error: {args.out or 'runs'}: {error}" if nameless else f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
