@@ -165,8 +165,9 @@ def keep_counts(scores, sparsity, rule, tau=0.1):
         mask = _topk(torch.cat([s.flatten() for s in scores.values()]), total)
         return {name: int(part.count_nonzero()) for name, part in zip(scores, mask.split(list(size.values())))}
 
-    # SMP-L is SMP-S with all R equal.
-    R = {name: 1.0 if rule == "smp-l" else importance(s).item() for name, s in scores.items()}
+    R = dict.fromkeys(scores, 1.0)  # SMP-L is SMP-S with all R equal
+    if rule == "smp-s":
+        R = dict(zip(scores, torch.stack([importance(s) for s in scores.values()]).tolist()))  # one wait for the device
     if any(map(math.isnan, R.values())):
         raise FloatingPointError("nan among the scores: the run has diverged")
     R = {name: max(r, 1e-30) for name, r in R.items()}  # a sigmoid that underflowed still has its place in the queue
@@ -343,7 +344,7 @@ def folded(layers, masks):
     number of tasks; another task is another mask."""
     try:
         for name, layer in layers.items():
-            layer.masked_weight = layer.weight * masks[name]
+            layer.masked_weight = layer.weight * masks[name].to(layer.weight)
         yield
     finally:
         for layer in layers.values():
