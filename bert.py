@@ -11,8 +11,8 @@ product of [CLS] with the words' embeddings; its code has the MLM transform in b
 Letters:  B batch   T tokens   D hidden   H heads   F feed-forward   V vocabulary   C label words
 
 The file on disk is the Hugging Face layout: a folder with config.json and model.safetensors (and
-the vocabulary, which data.py reads). NAMES below is the whole difference between their names and
-ours; nothing in a checkpoint is skipped in silence.
+the vocabulary, which data.py reads). NAMES and TIED below translate between their names and ours;
+a tensor that is neither in them nor in DROPPED, the list of what is not needed here, is refused.
 """
 
 import dataclasses
@@ -27,9 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 
-# ---------------------------------------------------------------------------------------------
-# The model
-# ---------------------------------------------------------------------------------------------
+# ---- The model ------------------------------------------------------------------------------
 
 @dataclasses.dataclass
 class Config:
@@ -108,7 +106,7 @@ class MLMHead(nn.Module):
 
 
 class Bert(nn.Module):
-    """A BERT of any size, weights drawn as in the original (normal, std 0.02).
+    """A BERT of any size, weights drawn from a normal distribution, std 0.02.
 
     With mlm_head=False (sentence encoders ship without one) the label words' logits are the plain
     dot product of the [CLS] state with their embeddings."""
@@ -160,9 +158,7 @@ class Bert(nn.Module):
         return F.linear(self.mlm(hidden), self.embeddings.word.weight, self.mlm.bias)
 
 
-# ---------------------------------------------------------------------------------------------
-# Checkpoints
-# ---------------------------------------------------------------------------------------------
+# ---- Checkpoints ----------------------------------------------------------------------------
 
 # Hugging Face's module -> ours, "*" a layer's number. Read left to right to load, right to left
 # to save. (mlm owns a parameter named bias, and so `cls.predictions.bias` is `mlm.bias`.)

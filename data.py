@@ -1,6 +1,6 @@
 """GLUE from its TSV files: what the tasks are, how they are read, batched and scored.
 
-One table, TASKS, holds all that differs between the nine tasks. A task becomes text (read_split),
+One table, TASKS, holds all that differs between the nine tasks (and the demo, a tenth). A task becomes text (read_split),
 text becomes token ids in one call of the tokenizer (encode), ids become batches of about equal
 length (batches), and logits become the numbers that GLUE reports (evaluate_metrics). Where the
 files are missing, ensure() gets them from their official places.
@@ -23,9 +23,7 @@ import torch
 from tqdm import tqdm
 
 
-# ---------------------------------------------------------------------------------------------
-# The tasks
-# ---------------------------------------------------------------------------------------------
+# ---- The tasks ------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Task:
@@ -72,9 +70,7 @@ TASKS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------
-# TSV files
-# ---------------------------------------------------------------------------------------------
+# ---- TSV files ------------------------------------------------------------------------------
 
 def read_split(task, data_dir, split, limit=None):
     """One file of a task -> (texts, labels): texts a list of N strings, or of N pairs; labels a
@@ -117,8 +113,6 @@ def read_split(task, data_dir, split, limit=None):
             labels.append(_parse_label(task, fields[label_column], path, number))
     if not texts:
         raise ValueError(f"{path}: no examples in it; expected at least one line of data")
-    if split == "train" and not task.regression and len(set(labels)) == 1:
-        raise ValueError(f"{path}: every label is {task.labels[labels[0]]!r}; expected examples of two classes at the least (see --limit)")
     return texts, None if is_test else np.array(labels, np.float32 if task.regression else np.int64)
 
 
@@ -137,9 +131,7 @@ def _parse_label(task, string, path, number):
     return score
 
 
-# ---------------------------------------------------------------------------------------------
-# Tokens and batches
-# ---------------------------------------------------------------------------------------------
+# ---- Tokens and batches ---------------------------------------------------------------------
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "tokenizer_config.json")
 
@@ -209,7 +201,7 @@ def batches(encoded, batch_size, generator=None):
     """Yields dicts of tensors: index (B,), input_ids and token_type_ids (B, T), attention_mask
     (B, T) or None where nothing is padded, labels (B,) or None.
 
-    Padding is wasted work, so a batch is formed among neighbours in length. With a generator the
+    Padding is wasted work (the original code pads all to 128), so a batch is formed among neighbours in length. With a generator the
     examples are shuffled first, sorted only inside pools of 50 batches, and the batches shuffled
     again: the order is random, the lengths in a batch are not. Without one, longest first, so
     that a batch that does not fit into memory fails at the start."""
@@ -238,9 +230,7 @@ def batches(encoded, batch_size, generator=None):
                "labels": None if encoded.labels is None else torch.from_numpy(encoded.labels[index])}
 
 
-# ---------------------------------------------------------------------------------------------
-# Metrics, as GLUE defines them
-# ---------------------------------------------------------------------------------------------
+# ---- Metrics, as GLUE defines them ----------------------------------------------------------
 
 def accuracy(predicted, true):
     return float(np.mean(predicted == true))
@@ -303,9 +293,7 @@ def zip_predictions(paths):
     return path
 
 
-# ---------------------------------------------------------------------------------------------
-# The demo: a small language of film reviews, for machines without network, data or patience
-# ---------------------------------------------------------------------------------------------
+# ---- The demo: a small language of film reviews, for machines without network, data or patience 
 
 NOUNS = "film plot story script acting cast music ending camera dialogue humour hero".split()
 GOOD = "brilliant charming clever elegant fresh funny gripping lively moving witty".split()
@@ -358,9 +346,7 @@ def write_demo(folder, seed=0, sizes=(("test", 1000), ("dev", 1000), ("train", 8
     (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]) + "\n", "utf-8")
 
 
-# ---------------------------------------------------------------------------------------------
-# Downloads
-# ---------------------------------------------------------------------------------------------
+# ---- Downloads ------------------------------------------------------------------------------
 
 GLUE_URL = "https://dl.fbaipublicfiles.com"  # the environment's GLUE_URL goes before it
 MRPC_HEADER = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String"

@@ -8,7 +8,9 @@ Jiang et al., "Pruning Pre-trained Language Models Without Fine-Tuning", ACL 202
 
 and the backward pass treats the mask as if it were the score itself (straight-through), so
 
-    dL/dS = dL/dM = dL/dW' * W             for the kept weights and for the pruned ones alike.
+    dL/dS = dL/dM = dL/dW' * W             for the kept weights and for the pruned ones alike:
+
+dL/dW' is the output's gradient times the input; the mask is not in it, so a pruned weight hears it too.
 
 Gradient descent on S thus adds up -dL/dW' * W over the steps (Eq. 3, the "movement" of a weight
 whose value never moves): a score rises while the loss wants that weight present. W, the biases,
@@ -16,13 +18,13 @@ the LayerNorms, the embeddings and the head stay as they were pre-trained. Learn
 all the learning there is, and what a task adds to the model is one bit a weight: 10.6 MB for the
 84,934,656 prunable weights of BERT-base. (Nothing gets faster: a zero is multiplied like any number.)
 
-Read on in the paper's order:
+Read on in the order in which a step needs it:
 
-    Table 3   the masking functions: four rules for the score above which a weight is kept
+    Table 3   the masking functions: four rules for the score that is kept      topk_mask, keep_counts
     Eq. 4     SMP-S, the rule of the paper's own                                keep_counts
     Eq. 5     how the sparsity grows over the steps                             sparsity_at
-    Eq. 6, 7  task loss + sparsity regulariser (+ distillation)                 objective
-    Eq. 3     the layer that puts them to use                                   MaskedLinear
+    Eq. 6, 7  task loss + sparsity regulariser (+ distillation)                 objective, regularizer
+    Eq. 3     the layer that puts them to use                                   MaskedLinear, prune
 
 Nothing here knows of BERT: `prune` takes any module with nn.Linears in it.
 
@@ -45,9 +47,7 @@ from safetensors.numpy import save_file
 from torch import nn
 
 
-# ---------------------------------------------------------------------------------------------
-# Masks: from scores to zeros and ones (Section 4.1)
-# ---------------------------------------------------------------------------------------------
+# ---- Masks: from scores to zeros and ones (Section 4.1) -------------------------------------
 
 class StraightThrough(torch.autograd.Function):
     """The mask forwards, the identity backwards: whatever gradient reaches the mask is handed to
@@ -82,8 +82,8 @@ def threshold_mask(scores, tau):
 
 
 def _topk(flat, n_keep):
-    """Flat scores (n,) -> 0/1 mask (n,), same dtype. Ties are the common case, not a corner: after
-    Adam's first step from zero every score is +-lr, and weights of a dead neuron stay equal for ever."""
+    """Flat scores (n,) -> 0/1 mask (n,), same dtype. Where scores start from zero, ties are the rule: after
+    Adam's first step every score is +-lr, and weights without a task gradient stay equal for ever."""
     if not math.isfinite(flat.sum()) and not flat.isfinite().all():  # a sum can also just be too large
         raise FloatingPointError("nan or inf among the scores: the run has diverged")
     if n_keep in (0, len(flat)):
@@ -96,7 +96,10 @@ def _topk(flat, n_keep):
         while end - start > 1:
             middle = (start + end) // 2
             behind = int(ties[middle:end].count_nonzero())
-            start, end, surplus = (middle, end, surplus) if behind >= surplus else (start, middle, surplus - behind)
+            if behind >= surplus:
+                start = middle
+            else:
+                end, surplus = middle, surplus - behind
         torch.gt(flat[start:], threshold, out=mask[start:])
     return mask
 
@@ -123,9 +126,7 @@ def _kth_largest(flat, k):
     return threshold, above + int((flat >= threshold).count_nonzero())
 
 
-# ---------------------------------------------------------------------------------------------
-# Rules: how many weights each matrix keeps (Table 3, Eq. 4)
-# ---------------------------------------------------------------------------------------------
+# ---- Rules: how many weights each matrix keeps (Table 3, Eq. 4) -----------------------------
 
 RULES = {
     "smp-s":     "each matrix in proportion to R(S) among those of its type (Table 3, S)",
@@ -151,7 +152,8 @@ def keep_counts(scores, sparsity, rule, tau=0.1):
     (where sizes differ within a type, in proportion to n_l R(S_l)). Eq. 4 can ask for more than a
     matrix has. The original code lets it, and misses its target; here such a matrix is kept whole
     and the others of its type share the rest. Raises ValueError for an unknown rule or a sparsity
-    outside [0, 1], FloatingPointError for nan in scores."""
+    outside [0, 1]; smp-s and global raise FloatingPointError for nan in scores, the others leave that to
+    topk_mask."""
     if rule not in RULES:
         raise ValueError(f"rule is {rule!r}; expected one of {', '.join(RULES)}")
     if not 0 <= sparsity <= 1:
@@ -193,14 +195,13 @@ def keep_counts(scores, sparsity, rule, tau=0.1):
 
 def importance(scores):
     """R(S) of one matrix: the mean of sigmoid(S), in (0, 1), a scalar tensor. The paper writes a
-    sum; its lambda = 400 is on the scale of the mean, which its code takes. (Keeping 70 or 80 %,
-    that code also divides S by 4 inside the sigmoid, which the paper does not say; not done here.)"""
+    sum, which would pull n times as hard (589,824 times for a Q of BERT-base); its lambda = 400 is on
+    the scale of the mean, which its code takes. (Keeping 70 or 80 %, that code also divides S by 4
+    inside the sigmoid, by 3 for MNLI at 50 %, which the paper does not say; not done here.)"""
     return torch.sigmoid(scores).mean(dtype=torch.promote_types(scores.dtype, torch.float32))
 
 
-# ---------------------------------------------------------------------------------------------
-# Schedule and objective (Eq. 5, 6, 7)
-# ---------------------------------------------------------------------------------------------
+# ---- Schedule and objective (Eq. 5, 6, 7) ---------------------------------------------------
 
 def sparsity_at(step, ramp_steps, target):
     """The sparsity v_t at a step, v_f being the target and N ramp_steps (Eq. 5):
@@ -208,9 +209,10 @@ def sparsity_at(step, ramp_steps, target):
         v_t = v_f - v_f (1 - t/N)^3   for t < N,   then v_f
 
     Fast at first, while there is plenty to drop, slow near the end. With 0 ramp_steps the target
-    holds from step 0 on. After N the number of kept weights is fixed, but not which ones. The
-    paper counts N in steps or epochs (its code, differently, comes to a negative N on every small
-    task); train.py takes a fraction of the run, which fits runs of any length.
+    holds from step 0 on. After N the number of kept weights is fixed, but not which ones. (The N
+    of Eq. 5 is no number of weights.) The paper takes 7 epochs where much is kept, else 3,500 steps; its
+    code all but 30,000 steps where half or less is kept, a negative N on every small task; train.py
+    a fraction of the run, which fits runs of any length.
         sparsity_at(0, 100, 0.9) -> 0     sparsity_at(50, 100, 0.9) -> 0.7875     sparsity_at(100, 100, 0.9) -> 0.9"""
     if step >= ramp_steps:
         return target
@@ -218,10 +220,9 @@ def sparsity_at(step, ramp_steps, target):
 
 
 def regularizer(scores):
-    """R(S): mean over the matrices of the mean of sigmoid(S), a scalar in (0, 1). Takes the mapping
-    {name: scores} or a list of scores.
+    """The mean of R(S) over the matrices, a scalar in (0, 1). Takes {name: scores} or a list of scores.
 
-    Its gradient sigmoid'(S) / (n L) pulls every score down. At high sparsity nearly all scores are
+    Its gradient, sigmoid'(S) / (n times the number of matrices), pulls every score down. At high sparsity nearly all scores are
     below 0, where sigmoid' grows with S: what is kept is pulled harder than what is pruned, so the
     mask keeps moving, and only a weight that the task keeps asking for stays. In the paper, MNLI at
     3 % kept falls from 80.6 to 69.2 without it. (As a mean of means it pulls the scores of a small
@@ -253,10 +254,13 @@ def distillation_loss(student_logits, teacher_logits, temperature=2.0):
 
 
 def objective(logits, labels, teacher_logits=None, temperature=2.0, teacher_weight=0.5):
-    """What the task asks for, a scalar; what the regulariser asks for is added to its gradient:
+    """L_task, or with a teacher (1 - a) L_task + a L_distil, a scalar; a = teacher_weight. The whole
+    objective (Eq. 6; with the teacher, Eq. 7) is
 
-        L = L_task                            + lambda R(S)     (Eq. 6)
-        L = (1 - a) L_task + a L_distil       + lambda R(S)     with a teacher, a = teacher_weight"""
+        L = this + lambda * ramp * regularizer(scores)
+
+    and train.py adds the second part in a backward pass of its own, since lambda is measured on the
+    gradient of the first alone (balanced_lambda)."""
     loss = task_loss(logits, labels)
     if teacher_logits is None:
         return loss
@@ -268,28 +272,27 @@ def balanced_lambda(scores, pull=1.0):
 
         lambda = pull * 4 N rms(g)
 
-    so that a score at 0, where sigmoid' = 1/4, is pulled down `pull` times as hard as the task pushes
-    a typical score about. Taken in the first steps, while all weights are there, and kept.
+    so that scores at 0, where sigmoid' = 1/4, are on average pulled down `pull` times as hard as the
+    task pushes a typical score about. train.py takes the smallest over the first twentieth of the
+    steps, when little is pruned yet, and keeps it; its ramp lets it grow from 0 to its full strength.
 
-    Adam divides a gradient by its own size, so the scale of the loss means nothing to the scores;
-    what counts is the regulariser's size against the task's. Without it Adam would move every score
-    at one speed, noise or not; under a common pull as large as the noise, a score moves in
-    proportion to its task gradient. The paper's 400 was chosen for BERT-base and fits no other size:
-    this comes to about 950 for a BERT of 10.6M prunable weights (SST-2) and to 5 for the demo's 1.6M.
-    (Measured anew at every step it grows fivefold as masks get sparse, and the masks are worse.)"""
+    Adam rescales every gradient to about size 1. With the task alone, every score would move at one
+    speed, signal or noise. A common pull as large as the noise dominates Adam's divisor, so that a
+    score moves in proportion to its task gradient. The paper's 400 was chosen for BERT-base and fits
+    no other size: this gives about 950 for a BERT of 10.6M prunable weights (SST-2), 5 for the demo's
+    1.6M. (Measured anew at every step it grows fivefold as masks get sparse, and the masks are worse.)"""
     n = sum(s.numel() for s in scores)
     return 4 * pull * math.sqrt(n) * nn.utils.get_total_norm([s.grad for s in scores]).item()
 
 
-# ---------------------------------------------------------------------------------------------
-# The layer (Eq. 3)
-# ---------------------------------------------------------------------------------------------
+# ---- The layer (Eq. 3) ----------------------------------------------------------------------
 
 class MaskedLinear(nn.Module):
     """A frozen nn.Linear that learns which of its weights to use.
 
-    weight (out, in) and bias (out,) are those of the linear it replaces, bit for bit and for ever;
-    scores (out, in) is the one trainable parameter. keep_counts decides n_keep before each step."""
+    weight (out, in) and bias (out,) are those of the linear it replaces, bit for bit; scores (out, in)
+    is the one trainable parameter. (The methods SMP is compared with thaw the weight: what it then gets
+    is dL/dW = dL/dW' * M, nothing where it is pruned.) keep_counts sets n_keep before each step."""
 
     def __init__(self, linear, init):
         super().__init__()
@@ -311,8 +314,8 @@ class MaskedLinear(nn.Module):
 
 
 def initial_scores(weight, init):
-    """Scores to start from, float32, shaped like the weight: "zero", the paper's; "magnitude", |W|
-    over twice the standard deviation of its matrix; or "random".
+    """Scores to start from, float32, shaped like the weight: "zero", the paper's; "magnitude", train.py's
+    default, |W| over twice the standard deviation of its matrix; or "random".
 
     With zeros the first cuts fall by noise, and a network that was cut blindly teaches its scores
     little. From magnitudes the first to go are weights that hardly matter. The head start is small:
@@ -351,15 +354,14 @@ def folded(layers, masks):
             layer.masked_weight = None
 
 
-# ---------------------------------------------------------------------------------------------
-# The mask file: one bit a weight, or less
-# ---------------------------------------------------------------------------------------------
+# ---- The mask file: one bit a weight, or less -----------------------------------------------
 
 def save_masks(path, masks, metadata):
     """Writes {name: mask} to a safetensors file with `metadata` (anything JSON can hold) in its
-    header. A mask is written as gaps: how many weights lie before each one that is kept (or where most
-    are kept, pruned), a byte each (255: as many, and go on counting), Huffman-coded by zlib. That comes
-    within 2 % of the entropy, 0.47 bits a weight where one in ten is kept. Appears whole or not at all."""
+    header. For each kept weight a byte says how many pruned ones lie since the last (255: add 255 and
+    read on), so 0 0 1 1 becomes 2 0; zlib Huffman-codes the bytes. Where most weights are kept, the gaps
+    are those between the pruned. That comes within 2 % of the entropy: 0.48 bits a weight where one
+    in ten is kept. The file appears whole or not at all."""
     packed, inverted = {}, [name for name, mask in masks.items() if 2 * mask.count_nonzero() > mask.numel()]
     for name, mask in masks.items():
         gaps = np.diff(np.flatnonzero(mask.detach().cpu().numpy() != (name in inverted)), prepend=-1) - 1

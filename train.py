@@ -2,8 +2,8 @@
 
     python train.py --task mrpc --sparsity 0.9
 
-reads top to bottom as one run does: the flags, the data, the model, the loop over steps, the
-evaluation, the report. The method itself is in smp.py, the network in bert.py, GLUE in data.py.
+reads top to bottom: the flags, the parts of a run, one run with its loop over steps, masks at work,
+the report, the demo. The method itself is in smp.py, the network in bert.py, GLUE in data.py.
 """
 
 import argparse
@@ -31,7 +31,7 @@ import bert
 import data
 import smp
 
-# Every system of the comparison is three answers over the same parts.
+# A method is three choices. smp.py has the first four; the others are what they are compared with.
 METHODS = {        # where the scores come from, the rule that counts them (smp.RULES), what becomes of the weights
     "smp-s":         ("learned",   "smp-s",     "frozen"),
     "smp-l":         ("learned",   "smp-l",     "frozen"),
@@ -48,9 +48,7 @@ BAR = "{desc:<12}{n:>6}/{total} |{bar}| {postfix} {remaining} left"
 SHADES = " ░▒▓█"
 
 
-# ---------------------------------------------------------------------------------------------
-# Flags
-# ---------------------------------------------------------------------------------------------
+# ---- Flags ----------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # one line, without the page of usage
@@ -85,7 +83,7 @@ def device(string):
 
 def parse_args(argv):
     p = Parser(prog="train.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
-    positive, whole = number(0, math.inf), number(1, math.inf, int)
+    nonnegative, whole = number(0, math.inf), number(1, math.inf, int)
     g = p.add_argument_group("what")
     g.add_argument("--task", choices=data.TASKS, help="a GLUE task, or demo, which needs no data (default: demo)")
     g.add_argument("--sparsity", type=number(0, 1, closed=False), default=0.9, metavar="V",
@@ -102,7 +100,7 @@ def parse_args(argv):
     g.add_argument("--out", metavar="DIR", help="folder of the run (default: runs/TASK-METHOD-SPARSITY-sSEED)")
     g.add_argument("--overwrite", action="store_true", help="start over in a folder that already holds a run")
     g.add_argument("--resume", action="store_true", help="go on where a run in this folder was interrupted")
-    g.add_argument("--checkpoint-every", type=positive, default=60, metavar="SECONDS", help="time between checkpoints, or more, so that they "
+    g.add_argument("--checkpoint-every", type=nonnegative, default=60, metavar="SECONDS", help="time between checkpoints, or more, so that they "
                    "take at most 2 %% of it (default: 60)")
     g = p.add_argument_group("instead of training: use masks (task, base model and settings come with them)")
     use = g.add_mutually_exclusive_group()
@@ -117,13 +115,13 @@ def parse_args(argv):
     g.add_argument("--limit", type=whole, metavar="N", help="use only the first N training examples (default: all)")
     g.add_argument("--eval-every", type=whole, metavar="STEPS", help="steps between evaluations (default: one epoch)")
     g = p.add_argument_group("the method")
-    g.add_argument("--lr", type=positive, default=2e-2, metavar="LR", help="learning rate of the scores; it falls linearly to 0 (default: 2e-2)")
-    g.add_argument("--weight-lr", type=positive, default=3e-5, metavar="LR", help="the same for weights, where the method trains them "
+    g.add_argument("--lr", type=nonnegative, default=2e-2, metavar="LR", help="learning rate of the scores; it falls linearly to 0 (default: 2e-2)")
+    g.add_argument("--weight-lr", type=nonnegative, default=3e-5, metavar="LR", help="the same for weights, where the method trains them "
                    "(default: 3e-5)")
     strength = g.add_mutually_exclusive_group()
-    strength.add_argument("--pull", type=positive, metavar="P", help="strength of the sparsity regulariser in units of the task's "
-                          "gradient, from which lambda is set in the first steps (default: 1)")
-    strength.add_argument("--lambda", type=positive, dest="lam", metavar="L", help="lambda itself; the paper's is 400")
+    strength.add_argument("--pull", type=nonnegative, metavar="P", help="strength of the sparsity regulariser in units of the task's "
+                          "gradient, from which lambda is set in the first steps; it grows to that over the run (default: 1)")
+    strength.add_argument("--lambda", type=nonnegative, dest="lam", metavar="L", help="lambda itself; the paper's is 400")
     g.add_argument("--ramp", type=number(0, 1), metavar="F",
                    help="fraction of the steps in which the sparsity grows to its target (default: 0.5)")
     g.add_argument("--init", choices=["zero", "magnitude"], help="scores to start from: 0, or |W| over twice the standard "
@@ -138,8 +136,8 @@ def parse_args(argv):
                    help="weight of the distillation term; the task loss gets 1 - A (default: 0.5)")
     g.add_argument("--max-length", type=number(4, math.inf, int), default=128, metavar="T", help="longest input, in tokens (default: 128)")
     g = p.add_argument_group("the machine")
-    g.add_argument("--seed", type=number(0, 2**32 - 1, int), nargs="+", default=[0], metavar="S", help="of dropout and the order of "
-                   "the examples; several make as many runs, and their mean (default: 0)")
+    g.add_argument("--seed", type=number(0, 2**32 - 1, int), nargs="+", default=[0], metavar="S", help="of dropout, the order of "
+                   "the examples and the mask of --method random; several make as many runs, and their mean (default: 0)")
     g.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu",
                    help="cpu or cuda (default: cuda where there is one)")
     g.add_argument("--precision", choices=["fp32", "bf16"], help="of the matrix products; scores are always float32 (default: "
@@ -162,7 +160,7 @@ def parse_args(argv):
     if not args.scores_from:  # nothing is removed, from the first step on
         args.sparsity = args.ramp = 0.0
     if args.scores_from != "learned":
-        args.init, args.lam, args.pull = args.scores_from, 0.0, None
+        args.init, args.lam, args.pull = args.scores_from or "none", 0.0, None
     if args.paper:
         default(init="zero", lam=400.0 if args.pull is None else None, dropout=0.1)
     default(task="demo")
@@ -170,31 +168,19 @@ def parse_args(argv):
         args.overwrite |= args.out is None and not args.resume  # a demo is there to be run again
         default(data="demo", epochs=3, batch_size=32, init="zero")  # in weights a minute old, size means little
         default(model=f"{args.data}/model")
+    # A network that keeps half of its weights can overfit by choosing among them; one that keeps a
+    # tenth cannot, and what it lacks in a short run is steps (see resolve_sizes).
     default(data="glue", model="bert-base-uncased", ramp=0.5, init="magnitude",
             dropout=0.1 if args.trains_weights else 0.2 if args.sparsity <= 0.5 else 0.0,
             pull=1.0 if args.lam is None else None, precision="bf16" if args.device.startswith("cuda") else "fp32")
     return args
 
 
-# ---------------------------------------------------------------------------------------------
-# Parts of a run
-# ---------------------------------------------------------------------------------------------
+# ---- Parts of a run -------------------------------------------------------------------------
 
 def prunable(model):
     """The names of the six matrices of each layer: not the embeddings, not the head."""
     return [name for name, m in model.named_modules() if name.startswith("layers.") and isinstance(m, nn.Linear)]
-
-
-def set_keep(layers, sparsity, args):
-    """Decides how many weights each matrix keeps from here on, by the rule of the method."""
-    if not layers:  # dense training
-        return
-    if args.scores_from == "magnitude":  # the scores follow the weights that are being trained
-        for layer in layers.values():
-            layer.scores.data.copy_(layer.weight.detach().abs())
-    scores = {name: layer.scores for name, layer in layers.items()}
-    for name, n_keep in smp.keep_counts(scores, sparsity, args.rule, args.tau).items():
-        layers[name].n_keep = n_keep
 
 
 def forward(model, batch, label_ids, args):
@@ -253,9 +239,9 @@ def encoded_splits(task, tokenizer, args, splits):
 
 
 def resolve_sizes(args, n):
-    """Fills in what depends on the number of training examples: the paper's epochs and batch for
-    its large and small tasks, its longer run for RTE. A step moves a score by about lr, however large
-    the batch, so that a short run to high sparsity does better to take more and smaller ones."""
+    """Fills in what depends on the number of training examples: the published epochs and batches of
+    large and small tasks (batch 32 and 100 epochs for RTE are the authors' code's). A step moves a score
+    by about lr, however large the batch: a short run to high sparsity does better to take more of them."""
     large = n > 10_000
     args.epochs = args.epochs or (12 if large else 60 if n >= 3_000 else 100)
     if args.batch_size is None:
@@ -269,8 +255,8 @@ def resolve_sizes(args, n):
 
 
 def batches_from(step, examples, args):
-    """The training batches from a step on. Each epoch has a seed of its own, so that the order
-    behind any step is known without having gone the way to it."""
+    """The training batches from a step on. Each epoch has a seed of its own, so that a resumed run
+    finds its order again without replaying the epochs before."""
     epoch, skip = divmod(step, args.epoch_steps)
     for epoch in range(epoch, args.epochs):
         order = torch.Generator().manual_seed(args.seed + (epoch << 32))
@@ -292,9 +278,7 @@ def sparsity_of(masks):
     return 1 - kept / total if masks else 0.0
 
 
-# ---------------------------------------------------------------------------------------------
-# One run
-# ---------------------------------------------------------------------------------------------
+# ---- One run --------------------------------------------------------------------------------
 
 class Run:
     """What a run holds: data, model, what is learned in it, and in `state` how far it has come."""
@@ -305,6 +289,9 @@ class Run:
         self.base = bert.find_pretrained(args.model)
         data.ensure(self.task, args.data)
         texts, labels = data.read_split(self.task, args.data, "train", args.limit)
+        if not self.task.regression and min(labels) == max(labels):
+            raise ValueError(f"{args.data}/{self.task.folder}/train.tsv: every label is {self.task.labels[labels[0]]!r}; "
+                             "expected examples of two classes at the least (see --limit)")
         resolve_sizes(args, len(texts))
         self.model, self.tokenizer = load(self.base, args)
         self.label_ids = label_words(self.tokenizer, self.task, self.base, args)
@@ -324,7 +311,7 @@ class Run:
         self.layers = smp.prune(self.model, prunable(self.model), args.init) if args.scores_from else {}
         scores = [layer.scores.requires_grad_(args.scores_from == "learned") for layer in self.layers.values()]
         weights = []
-        if args.trains_weights:  # all of a dense model; of a pruned one the encoder
+        if args.trains_weights:  # all of a dense model; of a pruned one its layers, not the embeddings or the head
             trained = self.model.layers if self.layers else self.model
             weights = [p.requires_grad_(True) for name, p in trained.named_parameters() if not name.endswith(".scores")]
         # The paper says Adam; its code is AdamW without decay on the scores. Large first steps can
@@ -336,6 +323,7 @@ class Run:
         if not groups:
             args.epochs = args.steps = args.ramp_steps = 0
         self.model.train()
+        # "logged" is how many bytes of metrics.jsonl belong to the steps done.
         self.state = {"step": 0, "lam": args.lam, "best": None, "last": None, "logged": 0}
 
     def set_keep(self):
@@ -353,8 +341,8 @@ class Run:
     def task_gradient(self, batch):
         """One batch forwards and backwards, what the task asks for: returns the loss, a scalar tensor."""
         logits = forward(self.model, batch, self.label_ids, self.args)  # each layer makes its mask and uses W' = W * M
-        asked = None if self.teacher_logits is None else self.teacher_logits[batch["index"].to(self.args.device)]
-        loss = smp.objective(logits, batch["labels"].to(self.args.device), asked, self.args.temperature, self.args.teacher_weight)
+        teacher_logits = None if self.teacher_logits is None else self.teacher_logits[batch["index"].to(self.args.device)]
+        loss = smp.objective(logits, batch["labels"].to(self.args.device), teacher_logits, self.args.temperature, self.args.teacher_weight)
         loss.backward()                                                 # now scores.grad is dL/dW' * W
         return loss.detach()
 
@@ -367,7 +355,7 @@ class Run:
             scores = [layer.scores for layer in self.layers.values()]
             if args.lam is None and step <= args.steps // 20:  # the smallest, since a regression's first gradients only find its mean
                 self.state["lam"] = min(self.state["lam"] or math.inf, smp.balanced_lambda(scores, args.pull))
-            # The paper ramps lambda with the sparsity, v_t / v_f; its code over the whole run, as here.
+            # The paper ramps lambda with the sparsity, v_t / v_f; its code over the whole run, as here (not compared).
             ramp = smp.sparsity_at(step, args.steps, 1.0)
             (self.state["lam"] * ramp * smp.regularizer(scores)).backward()  # adds lambda dR/dS
         for group in self.optimizer.param_groups:
@@ -385,7 +373,8 @@ class Run:
         with smp.folded(self.layers, masks):
             metrics = evaluate(self.model, self.dev_sets, self.task, self.label_ids, args)
         state["last"] = {"step": state["step"], "epoch": state["step"] / args.epoch_steps, "sparsity": sparsity_of(masks), "metrics": metrics}
-        # Before the target sparsity is reached, a mask is not yet what was asked for.
+        # Before the target sparsity is reached, a mask is not yet what was asked for. (The threshold rule
+        # has no target: for it this is only a date, and the best may be the densest.)
         if state["step"] >= args.ramp_steps and (not state["best"] or metrics["score"] > state["best"]["metrics"]["score"]):
             state["best"] = state["last"]
             self.save(masks)
@@ -475,7 +464,11 @@ def checksum(header, tensors):
 
 
 def train(args):
-    """Runs one method on one task; returns the final metrics. Everything is written to args.out."""
+    """Runs one method on one task; returns the final metrics. Everything is written to args.out.
+
+    Ctrl-C lets the step end and writes a checkpoint; kill -9 loses what came after the last one. Either
+    way --resume goes on from there, bit for bit: scores, Adam's moments, dropout's generator and lambda
+    are in it, masks follow from the scores, an epoch's order from its seed, and the log is cut back."""
     started, out = time.monotonic(), Path(args.out)
     log_path, checkpoint_path = out / "metrics.jsonl", out / "checkpoint.safetensors"
     if log_path.exists() and not (args.overwrite or args.resume):
@@ -654,9 +647,7 @@ def save_model(folder, model, tokenizer_from):
     bert.save_pretrained(model, folder)
 
 
-# ---------------------------------------------------------------------------------------------
-# Masks at work
-# ---------------------------------------------------------------------------------------------
+# ---- Masks at work --------------------------------------------------------------------------
 
 def use_masks(given):
     """--eval, --predict, --export: loads the base once, then each mask in turn is folded into it.
@@ -703,9 +694,7 @@ def use_masks(given):
     return found
 
 
-# ---------------------------------------------------------------------------------------------
-# What a person sees
-# ---------------------------------------------------------------------------------------------
+# ---- What a person sees ---------------------------------------------------------------------
 
 def show(metrics):
     """Metrics in words; "score", the mean of the others, only where there are several."""
@@ -762,9 +751,7 @@ def report(out, masks, final, changed, args):
     print(f"{final['seconds']:.0f} s, {final['peak_mb']:,} MB at most; {', '.join(files)}")
 
 
-# ---------------------------------------------------------------------------------------------
-# The demo: a BERT of our own, and the lesson in one table
-# ---------------------------------------------------------------------------------------------
+# ---- The demo: a BERT of our own, and the lesson in one table -------------------------------
 
 def prepare_demo(folder):
     """Writes the made-up task and pre-trains a tiny BERT on its language, unless both are there."""
@@ -824,28 +811,30 @@ def compare(args, learned):
     rows = [("chance: always the commoner label", max(np.bincount(dev["dev"].labels)) / len(dev["dev"])),
             ("the frozen model, nothing pruned", accuracy())]
     torch.manual_seed(args.seed[0])
-    layers = smp.prune(model, prunable(model))
+    layers, sparsity = smp.prune(model, prunable(model)), 1 - learned["kept"] / learned["total"]
     for kind, score in (("a random mask", torch.rand_like), ("a magnitude mask: the largest weights", torch.abs)):
         scores = {name: score(layer.weight) for name, layer in layers.items()}
-        counts = smp.keep_counts(scores, args.sparsity, "smp-l")
+        counts = smp.keep_counts(scores, sparsity, "smp-l")
         with smp.folded(layers, {name: smp.topk_mask(s, counts[name]) for name, s in scores.items()}):
             rows.append((kind, accuracy()))
     rows.append(("the learned mask", learned["metrics"]["accuracy"]))
-    ceiling = Path(args.data) / "dense"  # the same for every mask: trained once and kept
+    ceiling = Path(f"{args.model}-dense")  # the same for every mask: trained once and kept
     if not (ceiling / "done.json").is_file():
         with contextlib.redirect_stdout(None):
             dense = main(["--method", "finetune", "--epochs", "2", "--weight-lr", "5e-4", "--dropout", "0", "--device", args.device,
                           "--data", args.data, "--model", args.model, "--out", str(ceiling), "--overwrite"])
         (ceiling / "done.json").write_text(json.dumps(dense["metrics"]))
     rows.append(("dense fine-tuning, every weight trained", json.loads((ceiling / "done.json").read_text())["accuracy"]))
-    print(f"\naccuracy on dev; the three masks remove {args.sparsity:.0%} of the weights and change none")
+    print(f"\naccuracy on dev; the three masks remove {sparsity:.0%} of the weights and change none")
     for what, value in rows:
         print(f"  {what:<40} {value:.3f}  {'█' * round(30 * value)}")
-    print("\nThe frozen weights already hold a classifier; it is hidden among the others. Neither chance nor\n"
-          "size finds it. Asking the task of each weight \"stay or go?\", and nothing else, does.")
+    random, magnitude, learned = (value for what, value in rows if "mask" in what)
+    if learned > max(random, magnitude):
+        print("\nThe frozen weights already hold a classifier; it is hidden among the others. Neither chance nor\n"
+              "size finds it. Asking the task of each weight \"stay or go?\", and nothing else, does.")
 
 
-# ---------------------------------------------------------------------------------------------
+# ---- The command line -----------------------------------------------------------------------
 
 def run_seeds(args):
     """One run for each seed; returns the metrics of the one, or of several their mean and spread."""
