@@ -17,6 +17,7 @@ a tensor that is neither in them nor in DROPPED, the list of what is not needed 
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 
@@ -255,7 +256,7 @@ def read_config(path):
         # Old configs leave out what was then a constant; a size that is missing is an error.
         optional = field.type is float or field.name == "type_vocab_size"
         value = raw.get(field.name, field.default if optional else None)
-        good = isinstance(value, (int, float)) and not isinstance(value, bool)
+        good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         if not good or (field.type is int and (value != int(value) or value < 1)) \
                 or (field.type is float and not 0 <= value < 1):
             raise ValueError(f"{path}: {field.name} is {value!r}; expected "

@@ -8,12 +8,14 @@ files are missing, ensure() gets them from their official places.
 Letters:  N examples   B batch   T tokens, of the longest member of a batch   C classes
 """
 
+import http.client
 import json
 import os
 import random
 import tempfile
 import urllib.request
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -382,7 +384,7 @@ def _download(url, path):
                 while chunk := response.read(1 << 16):
                     file.write(chunk)
                     bar.update(len(chunk))
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise OSError(f"{url}: cannot be fetched ({error}); without a network, put GLUE's TSV folders into --data") from None
     if size and path.stat().st_size != size:
         raise OSError(f"{url}: broke off after {path.stat().st_size} of {size} bytes; try again")
@@ -397,7 +399,7 @@ def _unpack(archive, folder):
                 if not (folder / name).resolve().is_relative_to(folder.resolve()):
                     raise ValueError(f"{archive.name}: member {name!r} would leave its folder; not unpacked")
             z.extractall(folder)
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
         raise ValueError(f"{archive.name}: not a whole zip file ({error}); try again") from None
 
 

@@ -393,6 +393,6 @@ def load_masks(path):
                 mask = torch.full((math.prod(shape),), name in inverted)
                 mask[torch.from_numpy(found)] = name not in inverted
                 masks[name] = mask.view(shape)
-    except (SafetensorError, ValueError, KeyError, IndexError, AttributeError, TypeError, zlib.error) as error:
+    except (SafetensorError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, IsADirectoryError, zlib.error) as error:
         raise ValueError(f"{path}: not a whole mask file ({error})") from None
     return masks, metadata

@@ -1102,17 +1102,23 @@ def test_a_mask_fits_its_own_model_alone(world, capsys):
     model = bert.load_pretrained(world.folder / "model")
     model.layers[0].Q.weight.data[0, 0] += 1
     train.save_model(world.folder / "other", model, world.folder / "model")
+    bert.save_pretrained(bert.load_pretrained(world.folder / "model"), world.folder / "headless")
+    whole = load_file(world.folder / "model/model.safetensors")
+    save_file({name: tensor for name, tensor in whole.items() if not name.startswith("cls.")}, world.folder / "headless/model.safetensors")
+    write(world.folder / "headless/vocab.txt", "\n".join(WORDS) + "\n")
     masks, about = smp.load_masks(world.folder / "run/mask.safetensors")
     smp.save_masks(world.folder / "cut", {name: mask for name, mask in masks.items() if name != "layers.1.K"}, about)
 
     def refused(mask, *flags):
         return fails(lambda *f: train.main(["--eval", str(mask), "--data", str(world.folder / "glue"), *f]), *flags, capsys=capsys)
-    assert "other weights" in refused(world.folder / "run/mask.safetensors", "--model", str(world.folder / "other"))
+    for other in ("other", "headless"):  # another weight, or no MLM head
+        assert "other weights" in refused(world.folder / "run/mask.safetensors", "--model", str(world.folder / other))
     assert "layers.1.K is not in it" in refused(world.folder / "cut")
     assert "not a whole mask file" in refused(world.folder / "model/model.safetensors")
     assert "a mask for sst2; --task asks for mrpc" in refused(world.folder / "run/mask.safetensors", "--task", "mrpc")
-    smp.save_masks(world.folder / "bare", masks, {})
-    assert "which task" in refused(world.folder / "bare")
+    for metadata in ({}, None, about | {"settings": {}}, about | {"task": ["sst2"]}, about | {"base": 3}):
+        smp.save_masks(world.folder / "bare", masks, metadata)
+        assert "which task" in refused(world.folder / "bare")
     assert "holds a model already" in refused(world.folder / "run/mask.safetensors", "--export", str(world.folder / "model"))
 
 
@@ -1253,6 +1259,45 @@ def test_a_complete_run_is_not_resumed(world, capsys):
     final = world("--epochs", "1")
     assert world("--epochs", "1", "--resume")["metrics"] == final["metrics"]
     assert "nothing to resume" in capsys.readouterr().out
+    assert "complete, but with lr 0.02" in fails(world, "--epochs", "1", "--resume", "--lr", "0.1", capsys=capsys)
+
+
+def test_a_run_that_ends_while_another_loads_is_not_lost(world, capsys, monkeypatch):
+    """The second was started before the first had left anything, and gets to work after it."""
+    real, calls = train.Run, []
+
+    def slow(args):
+        if not calls:
+            calls.append(1)
+            world("--epochs", "1")
+        return real(args)
+    monkeypatch.setattr(train, "Run", slow)
+    assert "holds a run already" in fails(world, "--epochs", "1", capsys=capsys)
+    assert log_of(world.folder / "run")[-1]["event"] == "final" and (world.folder / "run/mask.safetensors").exists()
+
+
+def test_a_resumed_run_wants_the_weights_it_began_with(interrupted, capsys):
+    model = bert.load_pretrained(interrupted.folder / "model")
+    model.embeddings.word.weight.data += 0.1
+    bert.save_pretrained(model, interrupted.folder / "model")
+    assert "other weights" in fails(interrupted, "--resume", capsys=capsys)
+
+
+def test_several_seeds_are_checked_before_the_first_runs(world, capsys):
+    world("--epochs", "1", "--seed", "1", out="run-s1")
+    assert "run-s1: holds a run already" in fails(world, "--seed", "0", "1", capsys=capsys)
+    assert not (world.folder / "run-s0").exists()
+
+
+def test_a_model_that_diverged_is_not_saved(world, capsys):
+    assert "diverged" in fails(world, "--method", "finetune", "--weight-lr", "1e30", "--batch-size", "32", capsys=capsys)
+    assert not (world.folder / "run/model").exists()
+
+
+def test_a_model_folder_holds_one_vocabulary(world):
+    write(world.folder / "saved/tokenizer.json", "of another model")
+    train.save_model(world.folder / "saved", bert.load_pretrained(world.folder / "model"), world.folder / "model")
+    assert data.load_tokenizer(world.folder / "saved").get_vocab_size() == len(WORDS)
 
 
 def test_a_vocabulary_of_another_model_is_refused(world, capsys):

@@ -74,8 +74,8 @@ def number(low, high, kind=float, closed=True):
 def device(string):
     """An argparse type: the name of a device that works on this machine."""
     try:
-        torch.empty(1, device=string)
-    except (RuntimeError, AssertionError) as error:  # torch raises either for a device it was not built for
+        torch.zeros(1, device=string).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises either for a device it was not built for
         reason = str(error).partition("\n")[0]
         raise argparse.ArgumentTypeError(f"no device {string!r} here ({reason})") from None
     return string
@@ -149,6 +149,8 @@ def parse_args(argv):
         for name, value in values.items():
             if getattr(args, name) is None:
                 setattr(args, name, value)
+    if len(set(args.seed)) < len(args.seed):
+        p.error("--seed: the same seed twice")
     if args.resume and args.overwrite:
         p.error("--resume goes on with a run, --overwrite starts it over: give one of them")
     if args.export and len(args.eval or ()) != 1:
@@ -200,6 +202,8 @@ def predict(model, examples, label_ids, args):
     for batch in data.batches(examples, 128):
         logits[batch["index"].numpy()] = forward(model, batch, label_ids, args).cpu().numpy()
     model.train(was_training)
+    if not np.isfinite(logits).all():
+        raise FloatingPointError("nan or inf among the logits: the run has diverged")
     return logits
 
 
@@ -294,6 +298,7 @@ class Run:
                              "expected examples of two classes at the least (see --limit)")
         resolve_sizes(args, len(texts))
         self.model, self.tokenizer = load(self.base, args)
+        self.fingerprint = fingerprint(self.model)
         self.label_ids = label_words(self.tokenizer, self.task, self.base, args)
         self.train_set = data.encode(self.tokenizer, texts, labels, args.max_length)
         self.dev_sets = encoded_splits(self.task, self.tokenizer, args, self.task.dev)
@@ -382,14 +387,14 @@ class Run:
 
     def save(self, masks):
         """Writes what the task needs beside the base model: the mask, or where weights were trained, a model."""
-        out, base, layers = Path(self.args.out), str(self.args.model), self.layers
+        out, base, belongs_to = Path(self.args.out), str(self.args.model), self.fingerprint
         if self.args.trains_weights:  # then the base that the mask belongs to is the model that is shipped with it
             base, shipped = str(out / "model"), plain(self.model, masks, self.base)
             save_model(base, shipped, self.base)
-            layers = {name: shipped.get_submodule(name) for name in masks}
+            belongs_to = fingerprint(shipped)
         if masks:
             smp.save_masks(out / "mask.safetensors", masks, {
-                "task": self.args.task, "method": self.args.method, "base": base, "fingerprint": fingerprint(layers),
+                "task": self.args.task, "method": self.args.method, "base": base, "fingerprint": belongs_to,
                 "label_words": self.task.words, "kept": {name: int(mask.count_nonzero()) for name, mask in masks.items()},
                 "settings": self.settings(), **self.state["best"]})
 
@@ -414,7 +419,7 @@ class Run:
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.tensors().items()}
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise FloatingPointError("nan or inf in what is being learned: the run has diverged")
-        header = json.dumps({"state": self.state, "settings": self.settings()})
+        header = json.dumps({"state": self.state, "settings": self.settings(), "base": self.fingerprint})
         part = Path(f"{path}.part")
         try:
             save_file(tensors, part, metadata={"header": header, "sha256": checksum(header, tensors)})
@@ -441,7 +446,14 @@ class Run:
             if key != "out" and header["settings"].get(key) != value:
                 raise ValueError(f"{path}: written with {key} {header['settings'].get(key)}, this run has {value}; "
                                  "resume with the flags of the interrupted run")
+        if header.get("base") != self.fingerprint:
+            raise ValueError(f"{path}: written over other weights than those now in {self.base}; start over with --overwrite")
         self.state = header["state"]
+        mask_path = Path(self.args.out) / "mask.safetensors"
+        if mask_path.exists():  # it may have been saved after the checkpoint: then the best is what is on disk
+            about = smp.load_masks(mask_path)[1]
+            if about["step"] > self.state["step"]:
+                self.state["best"] = {key: about[key] for key in ("step", "epoch", "sparsity", "metrics")}
         torch.set_rng_state(tensors.pop("rng.cpu"))
         if "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors.pop("rng.cuda"), self.args.device)
@@ -471,31 +483,25 @@ def train(args):
     are in it, masks follow from the scores, an epoch's order from its seed, and the log is cut back."""
     started, out = time.monotonic(), Path(args.out)
     log_path, checkpoint_path = out / "metrics.jsonl", out / "checkpoint.safetensors"
-    if log_path.exists() and not (args.overwrite or args.resume):
-        raise FileExistsError(f"{out}: holds a run already; give --resume to go on with it, --overwrite to start over, or another --out")
-    if args.resume and log_path.exists():
-        *_, last_line = [{}] + [json.loads(line) for line in log_path.read_text("utf-8").splitlines() if line.endswith("}")]
-        if last_line.get("event") == "final":
-            print(f"{out}: this run is complete, nothing to resume")
-            return last_line
+    if final := earlier_run(args):
+        print(f"{out}: this run is complete, nothing to resume")
+        return final
     run = Run(args)
     state = run.state
     with only_run_in(out), interruptible() as interrupts:
+        if final := earlier_run(args):  # it ended while this one was loading
+            return final
         if args.resume and checkpoint_path.exists():
             run.resume(checkpoint_path)
             state = run.state
             print(f"resuming    after step {state['step']} of {args.steps}")
         else:
-            for leftover in (checkpoint_path, out / "mask.safetensors"):  # of a run that is being done over
+            for leftover in (checkpoint_path, out / "mask.safetensors", out / "model/model.safetensors"):  # of a run that is being done over
                 leftover.unlink(missing_ok=True)
         log = Log(log_path, state["logged"])
         if not state["logged"]:
             log("settings", **run.settings(), torch=torch.__version__)
         introduce(run)
-
-        def checkpoint():
-            state["logged"] = log.size()
-            run.checkpoint(checkpoint_path)
 
         saved, cost = time.monotonic(), 0.0
         first, begun = state["step"], time.monotonic()
@@ -517,7 +523,8 @@ def train(args):
                         bar.write(f"epoch {found['epoch']:<5.4g} sparsity {found['sparsity']:.4f}  {show(found['metrics'])}")
                     now = time.monotonic()
                     if interrupts or now - saved > max(args.checkpoint_every, 50 * cost):
-                        checkpoint()
+                        state["logged"] = log.size()
+                        run.checkpoint(checkpoint_path)
                         saved, cost = time.monotonic(), time.monotonic() - now
                 except FloatingPointError as error:
                     advice = f"what was saved in {out} before is good; try a smaller learning rate" if state["step"] > 1 else \
@@ -528,19 +535,46 @@ def train(args):
         if state["last"] is None:  # a random mask: there was nothing to learn
             log("eval", **run.look())
 
-    # What came out
-    best, last = state["best"], state["last"]
-    changed = changed_tensors(run.model, run.base)
-    final = {"metrics": best["metrics"], "best": best, "last": last, "frozen_unchanged": not changed}
-    masks = smp.load_masks(out / "mask.safetensors")[0] if run.layers else {}  # what is counted is what is on disk
-    if masks:
-        final["kept"], final["total"] = count(masks)
-    final["new_bits"] = new_bits(run.model, masks)
-    log("final", **final)
-    checkpoint_path.unlink(missing_ok=True)
+        # What came out
+        best, last = state["best"], state["last"]
+        changed = changed_tensors(run.model, run.base)
+        final = {"metrics": best["metrics"], "best": best, "last": last, "frozen_unchanged": not changed}
+        masks = smp.load_masks(out / "mask.safetensors")[0] if run.layers else {}  # what is counted is what is on disk
+        if masks:
+            final["kept"], final["total"] = count(masks)
+        final["new_bits"] = new_bits(run.model, masks)
+        log("final", **final)
+        for leftover in (checkpoint_path, Path(f"{checkpoint_path}.part")):
+            leftover.unlink(missing_ok=True)
+        if interrupts:
+            raise KeyboardInterrupt
     final |= {"seconds": round(time.monotonic() - started, 1), "peak_mb": round(peak_mb(args))}
     report(out, masks, final, changed, args)
     return final
+
+
+def earlier_run(args):
+    """Looks at what is in args.out already. Returns the final record of a run that is complete, for
+    --resume; None if there is work to do. Raises FileExistsError rather than have a run overwritten."""
+    out, log_path = Path(args.out), Path(args.out) / "metrics.jsonl"
+    if (out / "model").resolve() in (Path(args.model).resolve(), Path(args.teacher or "-").resolve()):
+        raise ValueError(f"--out {out}: its model/ is this run's own --model or --teacher; give another --out")
+    held = [name for name in ("metrics.jsonl", "mask.safetensors", "model/model.safetensors") if (out / name).exists()]
+    if held and not (args.overwrite or args.resume):
+        raise FileExistsError(f"{out}: holds a run already ({held[0]}); give --resume to go on with it, --overwrite to start over, or another --out")
+    lines = []
+    if args.resume and log_path.exists():
+        for line in log_path.read_text("utf-8", errors="replace").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:  # the last one, cut off
+                break
+    if not lines or lines[-1].get("event") != "final":
+        return None
+    for key, value in json.loads(json.dumps(vars(args))).items():
+        if lines[0].get(key, value) != value and value is not None and key not in ("out", "device"):
+            raise ValueError(f"{log_path}: complete, but with {key} {lines[0][key]}, this run has {value}; give another --out")
+    return lines[-1]
 
 
 @contextlib.contextmanager
@@ -581,6 +615,8 @@ class Log:
 
     def __init__(self, path, keep=0):
         self.file = open(path, "ab")
+        if self.file.tell() < keep:
+            raise ValueError(f"{path}: shorter than its checkpoint says; start over with --overwrite")
         self.file.truncate(keep)
         self.file.seek(keep)
 
@@ -620,11 +656,12 @@ def new_bits(model, masks):
     return total + 32 * (trained - (total - kept) if trained else 0)
 
 
-def fingerprint(layers):
-    """SHA-256, in hex, of the layers' weights: it tells whether a mask was made for this model."""
+def fingerprint(model):
+    """SHA-256, in hex, of all the model's weights: it tells whether a mask was made for this model."""
     digest = hashlib.sha256()
-    for name, layer in layers.items():
-        digest.update(name.encode() + layer.weight.detach().float().cpu().numpy().tobytes())
+    for name, tensor in sorted(model.state_dict().items()):
+        if not name.endswith(".scores"):
+            digest.update(name.encode() + tensor.float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -642,8 +679,11 @@ def save_model(folder, model, tokenizer_from):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name in data.TOKENIZER_FILES:
-        if (Path(tokenizer_from) / name).is_file():
-            shutil.copy(Path(tokenizer_from) / name, folder / name)
+        source = Path(tokenizer_from) / name
+        if not source.is_file():
+            (folder / name).unlink(missing_ok=True)  # of another vocabulary
+        elif source.resolve() != (folder / name).resolve():
+            shutil.copy(source, folder / name)
     bert.save_pretrained(model, folder)
 
 
@@ -652,22 +692,26 @@ def save_model(folder, model, tokenizer_from):
 def use_masks(given):
     """--eval, --predict, --export: loads the base once, then each mask in turn is folded into it.
     The task and its settings come with the mask. Returns {mask file: metrics}."""
-    args, found, written, loaded = given, {}, [], {}
+    args, found, results, written, loaded = given, {}, {}, [], {}
     if args.export and (Path(args.export) / "model.safetensors").exists() and not args.overwrite:
         raise FileExistsError(f"{args.export}: holds a model already; give --overwrite, or another folder")
     for path in args.eval or args.predict:
         masks, about = smp.load_masks(path)
-        if not {"task", "base", "fingerprint", "settings"} <= set(about) or about["task"] not in data.TASKS:
+        known = isinstance(about, dict) and all(isinstance(about.get(key), str) for key in ("task", "base", "fingerprint"))
+        if not known or about["task"] not in data.TASKS or not {"max_length", "precision", "data"} <= set(about.get("settings") or ()):
             raise ValueError(f"{path}: its metadata do not say for which task and weights it is; expected a mask that train.py wrote")
         if args.task not in (None, about["task"]):
             raise ValueError(f"{path}: a mask for {about['task']}; --task asks for {args.task}")
+        if args.predict and about["task"] in found:
+            raise ValueError(f"{path}: a second mask for {about['task']}; GLUE takes one file a task")
+        found[about["task"]] = path
         task, base, settings = data.TASKS[about["task"]], bert.find_pretrained(args.model or about["base"]), about["settings"]
         args = argparse.Namespace(**vars(given) | {"max_length": settings["max_length"], "precision": settings["precision"],
                                                    "data": given.data or settings["data"]})
         if base not in loaded:
             model, tokenizer = load(base, args)
             layers = smp.prune(model, prunable(model))
-            loaded[base] = model, tokenizer, layers, fingerprint(layers)
+            loaded[base] = model, tokenizer, layers, fingerprint(model)
         model, tokenizer, layers, here = loaded[base]
         shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
         for name in {**shapes, **masks}:
@@ -684,14 +728,14 @@ def use_masks(given):
                     written.append(data.write_predictions(task, split, predict(model, examples, words, args), args.out or "predictions"))
                     print(f"{path} -> {written[-1]} ({len(examples):,} lines)")
             else:
-                found[path] = evaluate(model, encoded_splits(task, tokenizer, args, task.dev), task, words, args)
-                print(f"{path}: {about['task']}, sparsity {sparsity_of(masks):.4f}, {show(found[path])}")
+                results[path] = evaluate(model, encoded_splits(task, tokenizer, args, task.dev), task, words, args)
+                print(f"{path}: {about['task']}, sparsity {sparsity_of(masks):.4f}, {show(results[path])}")
         if args.export:
             save_model(args.export, plain(model, masks, base), base)
             print(f"{path} -> {args.export}/: the pruned model, {base} with zeros where the mask has them")
     if len(args.predict or ()) > 1:
         print(f"all of them -> {data.zip_predictions(written)}, as the GLUE site takes it")
-    return found
+    return results
 
 
 # ---- What a person sees ---------------------------------------------------------------------
@@ -802,8 +846,10 @@ def pretrain(folder, epochs=2, batch_size=64, lr=4e-4, seed=0):
 def compare(args, learned):
     """Prints what the learned mask is worth, beside other things one can do with the same weights."""
     task = data.TASKS[args.task]
-    model, tokenizer = load(args.model, args)
-    label_ids = label_words(tokenizer, task, args.model, args)
+    base = bert.find_pretrained(args.model)
+    model, tokenizer = load(base, args)
+    label_ids = label_words(tokenizer, task, base, args)
+    ceiling = Path(args.data) / f"dense-{args.precision}-{fingerprint(model)[:8]}"  # the same for every mask: trained once and kept
     dev = {"dev": data.encode(tokenizer, *data.read_split(task, args.data, "dev"), args.max_length)}
 
     def accuracy():
@@ -818,13 +864,10 @@ def compare(args, learned):
         with smp.folded(layers, {name: smp.topk_mask(s, counts[name]) for name, s in scores.items()}):
             rows.append((kind, accuracy()))
     rows.append(("the learned mask", learned["metrics"]["accuracy"]))
-    ceiling = Path(f"{args.model}-dense")  # the same for every mask: trained once and kept
-    if not (ceiling / "done.json").is_file():
-        with contextlib.redirect_stdout(None):
-            dense = main(["--method", "finetune", "--epochs", "2", "--weight-lr", "5e-4", "--dropout", "0", "--device", args.device,
-                          "--data", args.data, "--model", args.model, "--out", str(ceiling), "--overwrite"])
-        (ceiling / "done.json").write_text(json.dumps(dense["metrics"]))
-    rows.append(("dense fine-tuning, every weight trained", json.loads((ceiling / "done.json").read_text())["accuracy"]))
+    with contextlib.redirect_stdout(None):
+        dense = main(["--method", "finetune", "--epochs", "2", "--weight-lr", "5e-4", "--dropout", "0", "--device", args.device, "--precision",
+                      args.precision, "--max-length", str(args.max_length), "--data", args.data, "--model", str(base), "--out", str(ceiling), "--resume"])
+    rows.append(("dense fine-tuning, every weight trained", dense["metrics"]["accuracy"]))
     print(f"\naccuracy on dev; the three masks remove {sparsity:.0%} of the weights and change none")
     for what, value in rows:
         print(f"  {what:<40} {value:.3f}  {'█' * round(30 * value)}")
@@ -838,11 +881,12 @@ def compare(args, learned):
 
 def run_seeds(args):
     """One run for each seed; returns the metrics of the one, or of several their mean and spread."""
-    runs = []
-    for seed in args.seed:
-        out = args.out or f"runs/{args.task}-{args.method}-{args.sparsity:g}"
-        out += f"-s{seed}" if not args.out or len(args.seed) > 1 else ""
-        runs.append(train(argparse.Namespace(**vars(args) | {"seed": seed, "out": out})))
+    out = args.out or f"runs/{args.task}-{args.method}-{args.sparsity:g}"
+    each = [argparse.Namespace(**vars(args) | {"seed": seed, "out": out if args.out and len(args.seed) == 1 else f"{out}-s{seed}"})
+            for seed in args.seed]
+    for one in each:
+        earlier_run(one)  # what is wrong with the last should not come to light after the first has run for hours
+    runs = [train(one) for one in each]
     if len(runs) == 1:
         return runs[0]
     together = {"seeds": args.seed, "n": len(runs)}
@@ -874,7 +918,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("\ninterrupted; the same command with --resume goes on from here, if a run had begun", file=sys.stderr)
         raise SystemExit(130) from None
-    except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
+    except (ValueError, OSError, FloatingPointError, SafetensorError, torch.OutOfMemoryError) as error:
         if args.debug:
             raise
         # A disk that is full says so without saying where.
