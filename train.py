@@ -120,7 +120,7 @@ def parse_args(argv):
                    "(default: 3e-5)")
     strength = g.add_mutually_exclusive_group()
     strength.add_argument("--pull", type=nonnegative, metavar="P", help="strength of the sparsity regulariser in units of the task's "
-                          "gradient, from which lambda is set in the first steps; it grows to that over the run (default: 1)")
+                          "gradient at the first batch; lambda grows to it over the run (default: 1; 0.2 for the demo)")
     strength.add_argument("--lambda", type=nonnegative, dest="lam", metavar="L", help="lambda itself; the paper's is 400")
     g.add_argument("--ramp", type=number(0, 1), metavar="F",
                    help="fraction of the steps in which the sparsity grows to its target (default: 0.5)")
@@ -168,7 +168,8 @@ def parse_args(argv):
     default(task="demo")
     if args.task == "demo":
         args.overwrite |= args.out is None and not args.resume  # a demo is there to be run again
-        default(data="demo", epochs=3, batch_size=32, init="zero")  # in weights a minute old, size means little
+        # In weights a minute old size means little, and few of them need little pull.
+        default(data="demo", epochs=3, batch_size=32, init="zero", pull=0.2 if args.lam is None else None)
         default(model=f"{args.data}/model")
     # A network that keeps half of its weights can overfit by choosing among them; one that keeps a
     # tenth cannot, and what it lacks in a short run is steps (see resolve_sizes).
@@ -358,7 +359,8 @@ class Run:
         loss = self.task_gradient(batch)
         if args.scores_from == "learned":
             scores = [layer.scores for layer in self.layers.values()]
-            if args.lam is None and step <= args.steps // 20:  # the smallest, since a regression's first gradients only find its mean
+            # Set at the first batch. A regression's first gradients only find its mean: there the smallest so far counts.
+            if args.lam is None and step <= (args.steps // 20 if self.task.regression else 0):
                 self.state["lam"] = min(self.state["lam"] or math.inf, smp.balanced_lambda(scores, args.pull))
             # The paper ramps lambda with the sparsity, v_t / v_f; its code over the whole run, as here (not compared).
             ramp = smp.sparsity_at(step, args.steps, 1.0)
