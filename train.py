@@ -893,9 +893,9 @@ def run_seeds(args):
         return runs[0]
     together = {"seeds": args.seed, "n": len(runs)}
     for which in ("best", "last"):
-        for name in runs[0][which]["metrics"]:
+        for name in [name for name in runs[0][which]["metrics"] if name != "score"]:
             values = [run[which]["metrics"][name] for run in runs]
-            together |= {f"{which}_{name}": values, f"{which}_{name}_mean": np.mean(values), f"{which}_{name}_std": np.std(values, ddof=1)}
+            together |= {f"{which}_{name}": values, f"{which}_{name}_mean": float(np.mean(values)), f"{which}_{name}_std": float(np.std(values, ddof=1))}
     print(f"\n{len(runs)} seeds, mean ± sample standard deviation")
     for key in [key.removesuffix("_mean") for key in together if key.endswith("_mean")]:
         print(f"  {key.replace('_', ' '):<16} {together[f'{key}_mean']:.4f} ± {together[f'{key}_std']:.4f}")
