@@ -1074,6 +1074,17 @@ def test_the_other_methods_ship_what_they_train(world, method, bits):
         assert train.main(["--eval", mask, "--data", str(world.folder / "glue"), "--device", "cpu"])[mask] == final["metrics"]
 
 
+def test_magnitude_follows_the_weights_as_they_are_trained(world):
+    args = train.parse_args(["--task", "sst2", "--method", "magnitude", "--weight-lr", "0.01", "--model", str(world.folder / "model"), "--data",
+                             str(world.folder / "glue"), "--epochs", "1", "--batch-size", "16", "--device", "cpu"])
+    args.seed, args.out = 0, str(world.folder / "run")
+    run = train.Run(args)
+    for batch in train.batches_from(0, run.train_set, args):
+        run.train_step(batch)
+    run.set_keep()
+    assert all(torch.equal(layer.mask, smp.topk_mask(layer.weight.abs(), layer.n_keep).bool()) for layer in run.layers.values())
+
+
 def test_several_seeds_give_mean_and_spread(world, capsys):
     together = world("--seed", "0", "1", "2", "--epochs", "1")
     ones = [world("--seed", str(s), "--epochs", "1", out=f"one{s}")["best"]["metrics"]["accuracy"] for s in range(3)]
@@ -1244,7 +1255,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(interrupted, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
-    assert "checkpoint.safetensors" in message and path.read_bytes() == good
+    assert "checkpoint.safetensors" in message and path.read_bytes() == good and not list(path.parent.glob("*.part"))
     whole = interrupted(out="whole")
     assert interrupted("--resume")["metrics"] == whole["metrics"]
 
