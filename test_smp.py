@@ -1076,7 +1076,7 @@ def test_the_other_methods_ship_what_they_train(world, method, bits):
 
 def test_magnitude_follows_the_weights_as_they_are_trained(world):
     args = train.parse_args(["--task", "sst2", "--method", "magnitude", "--weight-lr", "0.01", "--model", str(world.folder / "model"), "--data",
-                             str(world.folder / "glue"), "--epochs", "1", "--batch-size", "16", "--device", "cpu"])
+                             str(world.folder / "glue"), "--epochs", "1", "--batch-size", "16", "--max-length", "16", "--device", "cpu"])
     args.seed, args.out = 0, str(world.folder / "run")
     run = train.Run(args)
     for batch in train.batches_from(0, run.train_set, args):
