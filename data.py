@@ -1,9 +1,9 @@
 """GLUE from its TSV files: what the tasks are, how they are read, batched and scored.
 
-One table, TASKS, holds all that differs between the nine tasks (and the demo, a tenth). A task becomes text (read_split),
-text becomes token ids in one call of the tokenizer (encode), ids become batches of about equal
-length (batches), and logits become the numbers that GLUE reports (evaluate_metrics). Where the
-files are missing, ensure() gets them from their official places.
+One table, TASKS, holds all that differs between the nine tasks (and the demo, a tenth). A task
+becomes text (read_split), text becomes token ids in one call of the tokenizer (encode), ids become
+batches of about equal length (batches), and logits become the numbers that GLUE reports
+(evaluate_metrics). Where the files are missing, ensure() gets them from their official places.
 
 Letters:  N examples   B batch   T tokens, of the longest member of a batch   C classes
 """
@@ -203,10 +203,10 @@ def batches(encoded, batch_size, generator=None):
     """Yields dicts of tensors: index (B,), input_ids and token_type_ids (B, T), attention_mask
     (B, T) or None where nothing is padded, labels (B,) or None.
 
-    Padding is wasted work (the original code pads all to 128), so a batch is formed among neighbours in length. With a generator the
-    examples are shuffled first, sorted only inside pools of 50 batches, and the batches shuffled
-    again: the order is random, the lengths in a batch are not. Without one, longest first, so
-    that a batch that does not fit into memory fails at the start."""
+    Padding is wasted work (the original code pads all to 128), so a batch is formed among neighbours
+    in length. With a generator the examples are shuffled first, sorted only inside pools of 50
+    batches, and the batches shuffled again: the order is random, the lengths in a batch are not.
+    Without one, longest first, so that a batch that does not fit into memory fails at the start."""
     lengths = np.array([len(ids) for ids in encoded.ids])
     if generator is None:
         order = np.argsort(-lengths, kind="stable")
@@ -295,7 +295,7 @@ def zip_predictions(paths):
     return path
 
 
-# ---- The demo: a small language of film reviews, for machines without network, data or patience 
+# ---- The demo: a small language of film reviews, for machines without network, data or patience
 
 NOUNS = "film plot story script acting cast music ending camera dialogue humour hero".split()
 GOOD = "brilliant charming clever elegant fresh funny gripping lively moving witty".split()

@@ -1210,7 +1210,7 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(world):
             break
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "--resume" in errors and "Traceback" not in errors
+    assert process.returncode == 130 and "interrupted" in errors and "--resume" in errors and "Traceback" not in errors
     subprocess.run(command(world, "--resume"), check=True, capture_output=True, timeout=120)
     subprocess.run(command(world, out="whole"), check=True, capture_output=True, timeout=120)
     assert left_behind(world.folder / "run") == left_behind(world.folder / "whole")
@@ -1385,8 +1385,7 @@ def test_the_demo_ends_in_its_table(demo):
     rows = {line[2:42].strip(): float(line[43:48]) for line in output.splitlines() if "█" in line and line.startswith("  ")}
     assert len(rows) == 6 and rows["the learned mask"] == round(final["metrics"]["accuracy"], 3)
     assert rows["a random mask"] <= 0.65 and rows["a magnitude mask: the largest weights"] <= 0.65
-    # More than a bag of words can know (see below); a little less than measured, since rounding differs between machines.
-    assert rows["the learned mask"] >= 0.9 and rows["dense fine-tuning, every weight trained"] >= 0.95
+    assert rows["the learned mask"] >= 0.97 and rows["dense fine-tuning, every weight trained"] >= 0.99
     assert max(len(line) for line in output[output.index("kept, %"):output.index("kept 157")].splitlines()) <= 80
 
 
@@ -1439,7 +1438,7 @@ def test_a_mask_costs_its_entropy(tmp_path, density):
     smp.save_masks(tmp_path / "mask", masks, {"task": "mrpc"})
     n, header = 8 * 768 * 768, 1000 * 8
     entropy = -sum(p * math.log2(p) for p in (density, 1 - density) if p)
-    assert (tmp_path / "mask").stat().st_size * 8 < 1.06 * entropy * n + 0.005 * n + header
+    assert (tmp_path / "mask").stat().st_size * 8 < min(1.06 * entropy * n + 0.005 * n + header, 1.02 * n)
     assert all(torch.equal(mask, masks[name]) for name, mask in smp.load_masks(tmp_path / "mask")[0].items())
 
 
@@ -1454,7 +1453,7 @@ def test_a_damaged_mask_file_is_an_error(damage, tmp_path):
 
 def test_other_safetensors_are_no_mask(tmp_path):
     bert.save_pretrained(tiny_bert(), tmp_path)
-    with pytest.raises(ValueError, match="expected 'smp-mask-2'"):
+    with pytest.raises(ValueError, match="expected a mask file"):
         smp.load_masks(tmp_path / "model.safetensors")
 
 

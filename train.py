@@ -471,6 +471,7 @@ class Run:
 
 
 def checksum(header, tensors):
+    """SHA-256, in hex, of a string and of {name: tensor}, in the order of the names."""
     digest = hashlib.sha256(header.encode())
     for name in sorted(tensors):
         digest.update(name.encode() + tensors[name].numpy().tobytes())
@@ -650,21 +651,22 @@ def changed_tensors(model, base):
             if not p.requires_grad and name in checkpoint and not torch.equal(p.cpu(), checkpoint[name])]
 
 
+def trained_weights(model):
+    """How many of the weights, not the scores, are being trained."""
+    return sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and not name.endswith(".scores"))
+
+
 def new_bits(model, masks):
     """What the task adds to the base model: a bit for each prunable weight, and where weights were
     trained, 32 for each that is kept and for each bias and LayerNorm."""
     kept, total = count(masks)
-    trained = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and not name.endswith(".scores"))
+    trained = trained_weights(model)
     return total + 32 * (trained - (total - kept) if trained else 0)
 
 
 def fingerprint(model):
     """SHA-256, in hex, of all the model's weights: it tells whether a mask was made for this model."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if not name.endswith(".scores"):
-            digest.update(name.encode() + tensor.float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+    return checksum("", {name: tensor.float().cpu() for name, tensor in model.state_dict().items() if not name.endswith(".scores")})
 
 
 def plain(model, masks, base):
@@ -694,20 +696,20 @@ def save_model(folder, model, tokenizer_from):
 def use_masks(given):
     """--eval, --predict, --export: loads the base once, then each mask in turn is folded into it.
     The task and its settings come with the mask. Returns {mask file: metrics}."""
-    args, found, results, written, loaded = given, {}, {}, [], {}
-    if args.export and (Path(args.export) / "model.safetensors").exists() and not args.overwrite:
-        raise FileExistsError(f"{args.export}: holds a model already; give --overwrite, or another folder")
-    for path in args.eval or args.predict:
+    tasks, results, written, loaded = set(), {}, [], {}
+    if given.export and (Path(given.export) / "model.safetensors").exists() and not given.overwrite:
+        raise FileExistsError(f"{given.export}: holds a model already; give --overwrite, or another folder")
+    for path in given.eval or given.predict:
         masks, about = smp.load_masks(path)
         known = isinstance(about, dict) and all(isinstance(about.get(key), str) for key in ("task", "base", "fingerprint"))
         if not known or about["task"] not in data.TASKS or not {"max_length", "precision", "data"} <= set(about.get("settings") or ()):
             raise ValueError(f"{path}: its metadata do not say for which task and weights it is; expected a mask that train.py wrote")
-        if args.task not in (None, about["task"]):
-            raise ValueError(f"{path}: a mask for {about['task']}; --task asks for {args.task}")
-        if args.predict and about["task"] in found:
+        if given.task not in (None, about["task"]):
+            raise ValueError(f"{path}: a mask for {about['task']}; --task asks for {given.task}")
+        if given.predict and about["task"] in tasks:
             raise ValueError(f"{path}: a second mask for {about['task']}; GLUE takes one file a task")
-        found[about["task"]] = path
-        task, base, settings = data.TASKS[about["task"]], bert.find_pretrained(args.model or about["base"]), about["settings"]
+        tasks.add(about["task"])
+        task, base, settings = data.TASKS[about["task"]], bert.find_pretrained(given.model or about["base"]), about["settings"]
         args = argparse.Namespace(**vars(given) | {"max_length": settings["max_length"], "precision": settings["precision"],
                                                    "data": given.data or settings["data"]})
         if base not in loaded:
@@ -735,7 +737,7 @@ def use_masks(given):
         if args.export:
             save_model(args.export, plain(model, masks, base), base)
             print(f"{path} -> {args.export}/: the pruned model, {base} with zeros where the mask has them")
-    if len(args.predict or ()) > 1:
+    if len(given.predict or ()) > 1:
         print(f"all of them -> {data.zip_predictions(written)}, as the GLUE site takes it")
     return results
 
@@ -753,7 +755,7 @@ def introduce(run):
     text, label = run.tokenizer.decode(run.train_set.ids[0], skip_special_tokens=False), run.train_set.labels[0]
     scores = sum(layer.scores.numel() for layer in run.layers.values())
     weights = sum(p.numel() for p in run.model.parameters()) - scores
-    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad) - scores * (args.scores_from == "learned")
+    trained = trained_weights(run.model)
     settings = " ".join(f"{key}={value}" for key, value in run.settings().items() if value is not None and value is not False)
     print(textwrap.fill(f"settings    {settings}", 100, subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False))
     print(f"example     {text} -> " + (f"{label:g}" if run.task.regression else f"{words[label]!r}"))
@@ -773,8 +775,8 @@ def density_table(masks):
     for layer in sorted({name.split(".")[1] for name in masks}, key=int):
         cells = [kept[f"layers.{layer}.{t}"] for t in TYPES]
         lines.append(f"layer {layer:>2} " + "".join(f" {SHADES[math.ceil(c / top * (len(SHADES) - 1))] * 2}{100 * c:>6.1f}" for c in cells))
-    of_type = [[mask for name, mask in masks.items() if name.endswith("." + t)] for t in TYPES]
-    lines.append("all      " + "".join(f"{100 * sum(int(m.count_nonzero()) for m in group) / sum(m.numel() for m in group):>9.1f}" for group in of_type))
+    of_type = [{name: mask for name, mask in masks.items() if name.endswith("." + t)} for t in TYPES]
+    lines.append("all      " + "".join(f"{100 * (1 - sparsity_of(group)):>9.1f}" for group in of_type))
     return "\n".join(lines)
 
 
@@ -852,7 +854,7 @@ def compare(args, learned):
     model, tokenizer = load(base, args)
     label_ids = label_words(tokenizer, task, base, args)
     ceiling = Path(args.data) / f"dense-{args.precision}-{fingerprint(model)[:8]}"  # the same for every mask: trained once and kept
-    dev = {"dev": data.encode(tokenizer, *data.read_split(task, args.data, "dev"), args.max_length)}
+    dev = encoded_splits(task, tokenizer, args, task.dev)
 
     def accuracy():
         return evaluate(model, dev, task, label_ids, args)["accuracy"]
