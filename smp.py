@@ -37,7 +37,6 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -50,10 +49,9 @@ from torch import nn
 # ---- Masks: from scores to zeros and ones (Section 4.1) -------------------------------------
 
 class StraightThrough(torch.autograd.Function):
-    """The mask forwards, the identity backwards: whatever gradient reaches the mask is handed to
-    the scores, bit for bit. The true derivative of a step function is 0 almost everywhere and
-    would teach nothing; this stand-in asks "what if this entry were a little more present?", and
-    can ask it of pruned entries too, which is how a pruned weight comes back."""
+    """The mask forwards, the identity backwards: whatever gradient reaches the mask is handed to the scores, bit for
+    bit. The true derivative of a step function is 0 almost everywhere and would teach nothing; this stand-in asks "what if
+    this entry were a little more present?", and can ask it of pruned entries too, which is how a pruned weight comes back."""
 
     @staticmethod
     def forward(ctx, scores, mask):
@@ -67,8 +65,8 @@ class StraightThrough(torch.autograd.Function):
 def topk_mask(scores, n_keep):
     """The 0/1 mask of the n_keep largest scores, straight-through.
 
-    scores: any shape, any floating dtype; the mask has both. Exactly n_keep ones whatever the
-    ties: among equal scores the lowest index (in memory order) wins, on every run and device.
+    scores: any shape, any floating dtype; the mask has both. Exactly n_keep ones whatever the ties: among
+    equal scores the lowest index (in memory order) wins, on every run and device.
         topk_mask([[.1, .7], [.7, .7]], 2)  ->  [[0, 1], [1, 0]]
     Raises ValueError for an n_keep outside [0, n], FloatingPointError for nan or inf in scores."""
     if not 0 <= n_keep <= scores.numel():
@@ -108,20 +106,23 @@ def _kth_largest(flat, k):
     """The k-th largest of (n,) values and how many are at least as large, exactly, without sorting.
 
     A sample, every 127th value (a prime: a rounder stride would see but a few columns of a matrix),
-    says about where it lies: between the sample values 4 standard errors of a rank to either side.
+    says about where it lies: between the sample values 3 standard errors of a rank to either side.
     Counting what lies above and inside proves it, and from the few inside the answer is selected.
     A bracket that missed costs time, never truth."""
     n, above = len(flat), 0
-    if n > 16384:
+    if n > 16384 and n % 8 == 0:
         sample = flat[::127].contiguous()
-        rank, margin = k * len(sample) // n, 1 + int(4 * math.sqrt(len(sample) * k * (n - k)) / n)
+        rank, margin = k * len(sample) // n, 1 + int(3 * math.sqrt(len(sample) * k * (n - k)) / n)
         high, low = (sample.kthvalue(min(max(len(sample) - r, 1), len(sample))).values for r in (rank - margin, rank + margin))
         over, least = flat > high, flat >= low
         n_over, n_least = int(over.count_nonzero()), int(least.count_nonzero())
         if n_over < k <= n_least:
             if low == high:
                 return low, n_least
-            flat, above = flat[over ^ least], n_over
+            eights = (over ^ least).view(torch.int64)  # few flags are set: look at eight at once before at each
+            some = eights.nonzero()[:, 0]
+            flat = flat.view(-1, 8).index_select(0, some).view(-1)[eights.index_select(0, some).view(torch.bool)]
+            above = n_over
     threshold = flat.kthvalue(len(flat) - (k - above) + 1).values
     return threshold, above + int((flat >= threshold).count_nonzero())
 
@@ -139,21 +140,19 @@ RULES = {
 def keep_counts(scores, sparsity, rule, tau=0.1):
     """How many weights each matrix keeps: {name: scores} -> {name: count}.
 
-    All four masking functions of Table 3 ask for the largest scores of a matrix and differ only in
-    how far down they go. So here is the whole of a rule: a count for each matrix; topk_mask does
-    the rest. The counts sum to exactly round((1 - sparsity) * N), except under "threshold", the mask
-    of soft movement pruning, which in the paper does not converge while the weights are frozen.
+    All four masking functions of Table 3 ask for the largest scores of a matrix and differ only in how far down they go. So
+    here is the whole of a rule: a count for each matrix; topk_mask does the rest. The counts sum to exactly
+    round((1 - sparsity) * N), except under "threshold", the mask of soft movement pruning, which in the paper does not
+    converge while the weights are frozen.
 
-    The type of a matrix is the last part of its name: `layers.3.Q` is a Q. SMP-S compares the L
-    matrices of one type and gives matrix l the fraction
+    The type of a matrix is the last part of its name: `layers.3.Q` is a Q. SMP-S compares the L matrices of one type, and l gets
 
         k_l = k * L * R(S_l) / sum_j R(S_j),     k = 1 - sparsity,  R(S) = mean of sigmoid(S)   (Eq. 4)
 
-    (where sizes differ within a type, in proportion to n_l R(S_l)). Eq. 4 can ask for more than a
-    matrix has. The original code lets it, and misses its target; here such a matrix is kept whole
-    and the others of its type share the rest. Raises ValueError for an unknown rule or a sparsity
-    outside [0, 1]; smp-s and global raise FloatingPointError for nan in scores, the others leave that to
-    topk_mask."""
+    (where sizes differ within a type, in proportion to n_l R(S_l)). Eq. 4 can ask for more than a matrix has. The original
+    code lets it, and misses its target; here such a matrix is kept whole and the others of its type share the rest. Raises
+    ValueError for an unknown rule or a sparsity outside [0, 1]; smp-s and global raise FloatingPointError for nan in
+    scores, the others leave that to topk_mask."""
     if rule not in RULES:
         raise ValueError(f"rule is {rule!r}; expected one of {', '.join(RULES)}")
     if not 0 <= sparsity <= 1:
@@ -194,10 +193,9 @@ def keep_counts(scores, sparsity, rule, tau=0.1):
 
 
 def importance(scores):
-    """R(S) of one matrix: the mean of sigmoid(S), in (0, 1), a scalar tensor. The paper writes a
-    sum, which would pull n times as hard (589,824 times for a Q of BERT-base); its lambda = 400 is on
-    the scale of the mean, which its code takes. (Keeping 70 or 80 %, that code also divides S by 4
-    inside the sigmoid, by 3 for MNLI at 50 %, which the paper does not say; not done here.)"""
+    """R(S) of one matrix: the mean of sigmoid(S), in (0, 1), a scalar tensor. The paper writes a sum, which would pull n times
+    as hard (589,824 times for a Q of BERT-base); its lambda = 400 is on the scale of the mean, which its code takes. (Keeping
+    70 or 80 %, that code also divides S by 4 inside the sigmoid, by 3 for MNLI at 50 %, which the paper does not say; not done here.)"""
     return torch.sigmoid(scores).mean(dtype=torch.promote_types(scores.dtype, torch.float32))
 
 
@@ -208,11 +206,10 @@ def sparsity_at(step, ramp_steps, target):
 
         v_t = v_f - v_f (1 - t/N)^3   for t < N,   then v_f
 
-    Fast at first, while there is plenty to drop, slow near the end. With 0 ramp_steps the target
-    holds from step 0 on. After N the number of kept weights is fixed, but not which ones. (The N
-    of Eq. 5 is no number of weights.) The paper takes 7 epochs where much is kept, else 3,500 steps; its
-    code all but 30,000 steps where half or less is kept, a negative N on every small task; train.py
-    a fraction of the run, which fits runs of any length.
+    Fast at first, while there is plenty to drop, slow near the end. With 0 ramp_steps the target holds from step 0 on. After N
+    the number of kept weights is fixed, but not which ones. (The N of Eq. 5 is no number of weights.) The paper takes 7 epochs
+    where much is kept, else 3,500 steps; its code all but 30,000 steps where half or less is kept, a negative N on every
+    small task; train.py a fraction of the run, which fits runs of any length.
         sparsity_at(0, 100, 0.9) -> 0     sparsity_at(50, 100, 0.9) -> 0.7875     sparsity_at(100, 100, 0.9) -> 0.9"""
     if step >= ramp_steps:
         return target
@@ -220,15 +217,22 @@ def sparsity_at(step, ramp_steps, target):
 
 
 def regularizer(scores):
-    """The mean of R(S) over the matrices, a scalar in (0, 1). Takes {name: scores} or a list of scores.
+    """The mean of R(S) over a list of score matrices, a scalar in (0, 1).
 
-    Its gradient, sigmoid'(S) / (n times the number of matrices), pulls every score down. At high
-    sparsity nearly all are below 0, where sigmoid' grows with S: what is kept is pulled harder than
-    what is pruned, so the mask keeps moving, and only a weight that the task keeps asking for stays.
-    In the paper, MNLI at 3 % kept falls from 80.6 to 69.2 without it. (As a mean of means it pulls the
-    scores of a small matrix harder: in BERT those of Q four times as hard as those of U.)"""
-    matrices = list(scores.values() if isinstance(scores, Mapping) else scores)
-    return sum(importance(s) for s in matrices) / len(matrices)
+    Its gradient, sigmoid'(S) / (n times the number of matrices), pulls every score down. At high sparsity nearly all are
+    below 0, where sigmoid' grows with S: what is kept is pulled harder than what is pruned, so the mask keeps moving, and
+    only a weight that the task keeps asking for stays. In the paper, MNLI at 3 % kept falls from 80.6 to 69.2 without it.
+    (As a mean of means it pulls the scores of a small matrix harder: in BERT those of Q four times as hard as those of U.)"""
+    return sum(importance(s) for s in scores) / len(scores)
+
+
+@torch.no_grad()
+def add_regularizer_gradient(scores, strength):
+    """Adds strength * dR/dS to the gradients of a list of scores, in place: what autograd would get from
+    (strength * regularizer(scores)).backward(), matrix by matrix in a third of the time."""
+    for s in scores:
+        sigmoid = torch.sigmoid(s)
+        s.grad.addcmul_(sigmoid, 1 - sigmoid, value=strength / (len(scores) * s.numel()))
 
 
 def task_loss(logits, labels):
@@ -243,9 +247,9 @@ def distillation_loss(student_logits, teacher_logits, temperature=2.0):
     """T^2 KL(teacher || student) of the softened distributions softmax(logits / T), logits (B, C),
     summed over classes, mean over the batch. T^2 keeps the gradient's size the same for every T.
 
-    The paper prints KL(student || teacher); its code, like movement pruning before it, computes
-    this one, which makes the student cover all that the teacher holds possible. One logit
-    has no distribution: a regression takes the squared difference of the outputs."""
+    The paper prints KL(student || teacher); its code, like movement pruning before it, computes this one, which makes the
+    student cover all that the teacher holds possible. One logit has no distribution: a regression takes the squared
+    difference of the outputs."""
     if student_logits.shape[1] == 1:
         return F.mse_loss(student_logits, teacher_logits)
     student = F.log_softmax(student_logits / temperature, dim=1)
@@ -259,8 +263,7 @@ def objective(logits, labels, teacher_logits=None, temperature=2.0, teacher_weig
 
         L = this + lambda * ramp * regularizer(scores)
 
-    and train.py adds the second part in a backward pass of its own, since lambda is measured on the
-    gradient of the first alone (balanced_lambda)."""
+    and train.py adds the second part's gradient after the first's, on which lambda is measured (balanced_lambda)."""
     loss = task_loss(logits, labels)
     if teacher_logits is None:
         return loss
@@ -276,12 +279,11 @@ def balanced_lambda(scores, pull=1.0):
     task pushes a typical score about. train.py takes it once, at the first batch, when nothing is
     pruned yet; its ramp lets it grow from 0 to full strength.
 
-    Adam rescales every gradient to about size 1. With the task alone, every score would move at one
-    speed, signal or noise. A common pull as large as the noise dominates Adam's divisor, so that a
-    score moves in proportion to its task gradient. The paper's 400 was chosen for BERT-base and fits
-    no other size: this gives 1,200 to 1,300 for a BERT of 10.6M prunable weights (SST-2, MRPC), 18 for
-    the demo's 1.6M. (At 470, MRPC stayed at the majority class for the three epochs watched. Taken
-    anew at every step it grows fivefold as masks get sparse, and the masks are worse.)"""
+    Adam rescales every gradient to about size 1. With the task alone, every score would move at one speed, signal or noise.
+    A common pull as large as the noise dominates Adam's divisor, so that a score moves in proportion to its task gradient.
+    The paper's 400 was chosen for BERT-base and fits no other size: this gives 1,200 to 1,300 for a BERT of 10.6M prunable
+    weights (SST-2, MRPC), 18 for the demo's 1.6M. (At 470, MRPC stayed at the majority class for the three epochs watched.
+    Taken anew at every step it grows fivefold as masks get sparse, and the masks are worse.)"""
     n = sum(s.numel() for s in scores)
     return 4 * pull * math.sqrt(n) * nn.utils.get_total_norm([s.grad for s in scores]).item()
 
@@ -291,9 +293,9 @@ def balanced_lambda(scores, pull=1.0):
 class MaskedLinear(nn.Module):
     """A frozen nn.Linear that learns which of its weights to use.
 
-    weight (out, in) and bias (out,) are those of the linear it replaces, bit for bit; scores (out, in)
-    is the one trainable parameter. (The methods SMP is compared with thaw the weight: what it then gets
-    is dL/dW = dL/dW' * M, nothing where it is pruned.) keep_counts sets n_keep before each step."""
+    weight (out, in) and bias (out,) are those of the linear it replaces, bit for bit; scores (out, in) is the one trainable
+    parameter. (The methods SMP is compared with thaw the weight: what it then gets is dL/dW = dL/dW' * M, nothing where it
+    is pruned.) keep_counts sets n_keep before each step."""
 
     def __init__(self, linear, init):
         super().__init__()
@@ -318,9 +320,9 @@ def initial_scores(weight, init):
     """Scores to start from, float32, shaped like the weight: "zero", the paper's; "magnitude", train.py's
     default, |W| over twice the standard deviation of its matrix; or "random".
 
-    With zeros the first cuts fall by noise, and a network that was cut blindly teaches its scores
-    little. From magnitudes the first to go are weights that hardly matter. The head start is small:
-    what a standard deviation gives, 25 steps at a learning rate of 2e-2 can take away."""
+    With zeros the first cuts fall by noise, and a network that was cut blindly teaches its scores little. From magnitudes
+    the first to go are weights that hardly matter. The head start is small: what a standard deviation gives, 25 steps at a
+    learning rate of 2e-2 can take away."""
     weight = weight.detach().float()
     if init == "magnitude":
         return weight.abs() / (2 * weight.std()).clamp_min(1e-12)
@@ -343,9 +345,8 @@ def prune(model, names, init="zero"):
 
 @contextlib.contextmanager
 def folded(layers, masks):
-    """Inside, the layers use the given {name: mask}, multiplied into the weights once instead of
-    once a batch: what is evaluated is exactly what is saved. The same frozen weights serve any
-    number of tasks; another task is another mask."""
+    """Inside, the layers use the given {name: mask}, multiplied into the weights once instead of once a batch: what is
+    evaluated is exactly what is saved. The same frozen weights serve any number of tasks; another task is another mask."""
     try:
         for name, layer in layers.items():
             layer.masked_weight = layer.weight * masks[name].to(layer.weight)
@@ -358,11 +359,10 @@ def folded(layers, masks):
 # ---- The mask file: one bit a weight, or less -----------------------------------------------
 
 def save_masks(path, masks, metadata):
-    """Writes {name: mask} to a safetensors file with `metadata` (anything JSON can hold) in its
-    header. For each kept weight a byte says how many pruned ones lie since the last (255: add 255 and
-    read on), so 0 0 1 1 becomes 2 0; zlib Huffman-codes the bytes. Where most weights are kept, the gaps
-    are those between the pruned. That comes within 2 % of the entropy: 0.48 bits a weight where one
-    in ten is kept. The file appears whole or not at all."""
+    """Writes {name: mask} to a safetensors file with `metadata` (anything JSON can hold) in its header. For each kept weight
+    a byte says how many pruned ones lie since the last (255: add 255 and read on), so 0 0 1 1 becomes 2 0; zlib Huffman-codes
+    the bytes. Where most weights are kept, the gaps are those between the pruned. That comes within 2 % of the entropy: 0.48
+    bits a weight where one in ten is kept. The file appears whole or not at all."""
     packed, inverted = {}, [name for name, mask in masks.items() if 2 * mask.count_nonzero() > mask.numel()]
     for name, mask in masks.items():
         gaps = np.diff(np.flatnonzero(mask.detach().cpu().numpy() != (name in inverted)), prepend=-1) - 1
