@@ -42,6 +42,7 @@ class Task:
     columns: tuple = ()              # of train and dev where the file has no header line
     archive: str = ""                # its zip below GLUE_URL/glue/data/
     skip_short_lines: bool = False   # QQP's official train file has a few
+    lengths: tuple = ()              # deciles of the lengths of train's examples, in tokens: for benchmarks
 
     @property
     def regression(self):
@@ -53,12 +54,14 @@ class Task:
 YES_NO = dict(labels=("entailment", "not_entailment"), words=("Yes", "No"), metrics=("accuracy",))
 TASKS = {
     "cola": Task("CoLA", ("sentence",), "label", ("0", "1"), ("incorrect", "correct"), ("matthews",),
-                 columns=("source", "label", "star", "sentence"), archive="CoLA"),
+                 columns=("source", "label", "star", "sentence"), archive="CoLA",
+                 lengths=(4, 7, 8, 9, 10, 10, 11, 12, 14, 17, 47)),
     "sst2": Task("SST-2", ("sentence",), "label", ("0", "1"), ("terrible", "great"), ("accuracy",),
-                 archive="SST-2"),
-    "mrpc": Task("MRPC", ("#1 String", "#2 String"), "Quality", ("0", "1"), ("No", "Yes"), ("accuracy", "f1")),
+                 archive="SST-2", lengths=(3, 4, 6, 7, 8, 10, 13, 16, 20, 27, 66)),
+    "mrpc": Task("MRPC", ("#1 String", "#2 String"), "Quality", ("0", "1"), ("No", "Yes"), ("accuracy", "f1"),
+                 lengths=(19, 36, 41, 45, 50, 53, 57, 61, 64, 70, 103)),
     "stsb": Task("STS-B", ("sentence1", "sentence2"), "score", (), ("Yes",), ("pearson", "spearman"),
-                 archive="STS-B"),
+                 archive="STS-B", lengths=(10, 16, 18, 19, 21, 23, 25, 28, 35, 51, 125)),
     "qqp": Task("QQP", ("question1", "question2"), "is_duplicate", ("0", "1"), ("No", "Yes"), ("accuracy", "f1"),
                 archive="QQP-clean", skip_short_lines=True),
     "mnli": Task("MNLI", ("sentence1", "sentence2"), "gold_label", ("entailment", "neutral", "contradiction"),
@@ -346,6 +349,30 @@ def write_demo(folder, seed=0, sizes=(("test", 1000), ("dev", 1000), ("train", 8
     words = sorted({*" ".join(corpus).split(), *letters}) + [f"##{letter}" for letter in letters]
     (folder / "corpus.txt").write_text("\n".join(corpus) + "\n", "utf-8")
     (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]) + "\n", "utf-8")
+
+
+def write_random(folder, task, n=1000, seed=0):
+    """Writes a train.tsv and a dev.tsv of n examples that mean nothing, in the task's layout and the lengths of its real
+    ones, and a vocab.txt of BERT's size: enough to measure speed with, where there is no network."""
+    if not task.lengths:
+        raise ValueError(f"no lengths are known of {task.folder}; expected one of {', '.join(t for t in TASKS if TASKS[t].lengths)}, "
+                         "or --model and --data for the real thing")
+    rng = random.Random(seed)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str.lower, task.words)]
+    words += [f"w{i}" for i in range(len(words), 30522)]
+    columns = task.columns or (*task.text, task.label)
+    rows = [] if task.columns else [columns]
+    for _ in range(n):
+        decile = rng.randrange(10)
+        length = rng.randint(*task.lengths[decile:decile + 2]) - 1 - len(task.text)  # [CLS], and a [SEP] behind each text
+        parts = [" ".join(rng.choices(words[100:], k=max(length // len(task.text), 1))) for _ in task.text]
+        label = rng.choice(task.labels or ("0", "2.5", "5"))
+        rows.append((dict.fromkeys(columns, "-") | dict(zip(task.text, parts)) | {task.label: label}).values())
+    folder = Path(folder)
+    (folder / task.folder).mkdir(parents=True, exist_ok=True)
+    for split in ("train", *task.dev):
+        (folder / task.folder / f"{split}.tsv").write_text("\n".join(map("\t".join, rows)) + "\n", "utf-8")
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n", "utf-8")
 
 
 # ---- Downloads ------------------------------------------------------------------------------

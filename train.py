@@ -12,10 +12,12 @@ import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
 import sys
+import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -43,6 +45,7 @@ METHODS = {        # where the scores come from, the rule that counts them (smp.
     "soft-movement": ("learned",   "threshold", "trained"),
     "finetune":      (None,        None,        "trained"),   # dense: nothing is removed
 }
+SIZES = {"tiny": (2, 256, 4), "mini": (6, 384, 12), "base": (12, 768, 12), "large": (24, 1024, 16)}  # layers, hidden size, heads
 TYPES = "QKVOUD"
 BAR = "{desc:<12}{n:>6}/{total} |{bar}| {postfix} {remaining} left"
 SHADES = " ░▒▓█"
@@ -107,6 +110,8 @@ def parse_args(argv):
     use.add_argument("--eval", nargs="+", metavar="MASK", help="evaluate mask files on dev")
     use.add_argument("--predict", nargs="+", metavar="MASK", help="write GLUE's submission files for the test splits into --out (default: "
                      "predictions); of several masks also the zip")
+    use.add_argument("--benchmark", nargs="?", const="mini", choices=SIZES, help="time a step against one of dense fine-tuning, on random "
+                     "weights of this size (default: mini, MiniLM's) in the lengths of --task (default: mrpc), or on --model and --data")
     g.add_argument("--export", metavar="DIR", help="with --eval MASK: write the pruned model as a Hugging Face-layout folder")
     g = p.add_argument_group("how long (the paper's: they depend on the number of training examples)")
     g.add_argument("--epochs", type=whole, metavar="E", help="default: 12 above 10,000 examples, 100 below 3,000, else 60")
@@ -157,6 +162,8 @@ def parse_args(argv):
         p.error("--export needs --eval with one mask, the one to export")
     if args.eval or args.predict:
         return args
+    if args.benchmark:
+        default(task="mrpc", batch_size=32, epochs=1, model="", data="")
     args.scores_from, args.rule, weights = METHODS[args.method]
     args.trains_weights = weights == "trained"
     if not args.scores_from:  # nothing is removed, from the first step on
@@ -364,7 +371,7 @@ class Run:
                 self.state["lam"] = min(self.state["lam"] or math.inf, smp.balanced_lambda(scores, args.pull))
             # The paper ramps lambda with the sparsity, v_t / v_f; its code over the whole run, as here (not compared).
             ramp = smp.sparsity_at(step, args.steps, 1.0)
-            (self.state["lam"] * ramp * smp.regularizer(scores)).backward()  # adds lambda dR/dS
+            smp.add_regularizer_gradient(scores, self.state["lam"] * ramp)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * min((step + 1) / (group["warmup"] + 1), 1) * (1 - step / args.steps)
         self.optimizer.step()
@@ -881,6 +888,92 @@ def compare(args, learned):
               "size finds it. Asking the task of each weight \"stay or go?\", and nothing else, does.")
 
 
+# ---- The benchmark --------------------------------------------------------------------------
+
+def benchmark(args, argv):
+    """Steps of this method and of dense fine-tuning, in turn, in one process: prints the medians and a JSON line."""
+    task, threads = data.TASKS[args.task], torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        where = {"model": args.model or folder, "data": args.data or folder, "seed": args.seed[0]}
+        if where["data"] == folder or where["model"] == folder:
+            data.write_random(folder, task)
+        if where["model"] == folder:
+            layers, hidden, heads = SIZES[args.benchmark]
+            save_model(folder, bert.Bert(bert.Config(num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=heads, intermediate_size=4 * hidden)), folder)
+        dense = parse_args([*argv, "--method", "finetune", "--dropout", str(args.dropout)])  # all else equal
+        both = [argparse.Namespace(**vars(a) | where) for a in (args, dense)]
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as alone:  # a peak never falls: each in a process of its own
+            peaks = alone.map(longest_steps, both, chunksize=1)
+        runs = [Run(one) for one in both]
+        run, rows, begun = runs[0], [], time.monotonic()
+        scores = [layer.scores for layer in run.layers.values() if layer.scores.requires_grad]
+        batches = itertools.cycle(batches_from(0, run.train_set, run.args))
+        while len(rows) < 7 or len(rows) < 22 and time.monotonic() - begun < 100:
+            batch = next(batches)
+            took = [clock(lambda: settled_step(each, batch), args) for each in (runs if len(rows) % 2 else runs[::-1])]
+            took = took if len(rows) % 2 else took[::-1]
+            for s in scores:
+                s.grad = torch.zeros_like(s)
+            parts = [clock(part, args) for part in (lambda: (run.set_keep(), masks_of(run.layers)), lambda: smp.add_regularizer_gradient(scores, 0.0),
+                                                   run.optimizer.step)]
+            run.optimizer.zero_grad()
+            rows.append([*took, took[0] / took[1], *parts, batch["input_ids"].numel(), len(batch["index"])])
+    smp_ms, dense_ms, ratio, mask_ms, regularizer_ms, optimizer_ms, tokens, examples = np.median(rows[2:], 0).tolist()
+    n = sum(layer.weight.numel() for layer in run.layers.values())
+    c = run.model.config
+    # A product of matrices takes two operations a weight and token forwards, four backwards; attention two of T by T by D a layer.
+    operations = 6 * tokens * (n + 2 * c.num_hidden_layers * c.hidden_size * tokens / examples)
+    share = operations / matrix_rate(args) / (smp_ms / 1e3)
+    found = {"size": args.model or args.benchmark, "weights": n, "task": args.task, "method": args.method, "batch_size": args.batch_size,
+             "tokens_a_batch": round(tokens), "sparsity": args.sparsity, "dropout": args.dropout, "precision": args.precision, "device": args.device,
+             "threads": threads, "torch": torch.__version__, "pairs": len(rows) - 2, "dense_ms": dense_ms, "smp_ms": smp_ms, "ratio": ratio, "mask_ms": mask_ms,
+             "regularizer_ms": regularizer_ms, "optimizer_ms": optimizer_ms, "examples_per_s": 1e3 * examples / smp_ms, "matmul_share": share,
+             "peak_mb": peaks[0], "dense_peak_mb": peaks[1]}
+    name = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else f"{threads} threads"
+    print(f"{found['size']}, {n:,} prunable weights; {args.task}, {args.batch_size} examples a batch, {tokens:.0f} tokens with padding;\n"
+          f"{args.method} at sparsity {args.sparsity:g}, dropout {args.dropout:g}, {args.precision} on {args.device} ({name}), torch {torch.__version__}\n\n"
+          f"  dense fine-tuning step {dense_ms:9.1f} ms\n  {args.method:<22} {smp_ms:9.1f} ms   {ratio:.2f} of a dense step (median of {len(rows) - 2} pairs)")
+    for part, ms in (("counts and masks", mask_ms), ("regularizer", regularizer_ms), ("optimizer", optimizer_ms)):
+        print(f"    {part:<20} {ms:9.1f} ms   {ms / smp_ms:.0%}")
+    print(f"  {found['examples_per_s']:.0f} examples/s, {share:.0%} of the device's matrix rate\n"
+          f"  memory on the longest inputs: {peaks[0]:,.0f} MB, dense {peaks[1]:,.0f} MB\n{json.dumps(found)}")
+    return found
+
+
+def settled_step(run, batch):
+    """A step as they are once the sparsity is what was asked for."""
+    run.state["step"] = run.args.ramp_steps if run.state["lam"] is not None else 0
+    run.train_step(batch)
+
+
+def longest_steps(args):
+    """Three steps on batches as long as --max-length allows, and the most memory they took, in MB."""
+    run = Run(args)
+    ids = torch.zeros(args.batch_size, args.max_length, dtype=torch.long)
+    batch = {"index": torch.arange(len(ids)), "input_ids": ids, "token_type_ids": ids, "attention_mask": None,
+             "labels": torch.from_numpy(run.train_set.labels[:len(ids)])}
+    for _ in range(3):
+        settled_step(run, batch)
+    return peak_mb(args)
+
+
+def clock(work, args):
+    """How long it takes, in ms."""
+    wait = torch.cuda.synchronize if args.device.startswith("cuda") else lambda: None
+    wait()
+    start = time.perf_counter()
+    work()
+    wait()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def matrix_rate(args):
+    """Operations a second of one large product, in the run's precision: what no step can exceed."""
+    m = 8192 if args.device.startswith("cuda") else 2048
+    a = torch.randn(m, m, device=args.device, dtype=torch.bfloat16 if args.precision == "bf16" else torch.float32)
+    return 2 * m ** 3 / (min(clock(lambda: a @ a, args) for _ in range(8)) / 1e3)
+
+
 # ---- The command line -----------------------------------------------------------------------
 
 def run_seeds(args):
@@ -912,6 +1005,8 @@ def main(argv=None):
     try:
         if args.eval or args.predict:
             return use_masks(args)
+        if args.benchmark:
+            return benchmark(args, sys.argv[1:] if argv is None else argv)
         if args.task == "demo":
             prepare_demo(args.data)
         final = run_seeds(args)
