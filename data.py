@@ -365,7 +365,7 @@ def write_random(folder, task, n=1000, seed=0):
     for _ in range(n):
         decile = rng.randrange(10)
         length = rng.randint(*task.lengths[decile:decile + 2]) - 1 - len(task.text)  # [CLS], and a [SEP] behind each text
-        parts = [" ".join(rng.choices(words[100:], k=max(length // len(task.text), 1))) for _ in task.text]
+        parts = [" ".join(rng.choices(words[100:], k=max((length + i) // len(task.text), 1))) for i, _ in enumerate(task.text)]
         label = rng.choice(task.labels or ("0", "2.5", "5"))
         rows.append((dict.fromkeys(columns, "-") | dict(zip(task.text, parts)) | {task.label: label}).values())
     folder = Path(folder)

@@ -115,9 +115,9 @@ def _kth_largest(flat, k):
         rank, margin = k * len(sample) // n, 1 + int(3 * math.sqrt(len(sample) * k * (n - k)) / n)
         high, low = (sample.kthvalue(min(max(len(sample) - r, 1), len(sample))).values for r in (rank - margin, rank + margin))
         over, least = flat > high, flat >= low
-        n_over, n_least = int(over.count_nonzero()), int(least.count_nonzero())
+        n_over, n_least, tied = torch.stack([over.count_nonzero(), least.count_nonzero(), low == high]).tolist()
         if n_over < k <= n_least:
-            if low == high:
+            if tied:
                 return low, n_least
             eights = (over ^ least).view(torch.int64)  # few flags are set: look at eight at once before at each
             some = eights.nonzero()[:, 0]
@@ -168,7 +168,7 @@ def keep_counts(scores, sparsity, rule, tau=0.1):
 
     R = dict.fromkeys(scores, 1.0)  # SMP-L is SMP-S with all R equal
     if rule == "smp-s":
-        R = dict(zip(scores, torch.stack([importance(s) for s in scores.values()]).tolist()))  # one wait for the device
+        R = dict(zip(scores, torch.stack([importance(s) for s in scores.values()]).tolist()))
     if any(map(math.isnan, R.values())):
         raise FloatingPointError("nan among the scores: the run has diverged")
     R = {name: max(r, 1e-30) for name, r in R.items()}  # a sigmoid that underflowed still has its place in the queue
@@ -194,8 +194,8 @@ def keep_counts(scores, sparsity, rule, tau=0.1):
 
 def importance(scores):
     """R(S) of one matrix: the mean of sigmoid(S), in (0, 1), a scalar tensor. The paper writes a sum, which would pull n times
-    as hard (589,824 times for a Q of BERT-base); its lambda = 400 is on the scale of the mean, which its code takes. (Keeping
-    70 or 80 %, that code also divides S by 4 inside the sigmoid, by 3 for MNLI at 50 %, which the paper does not say; not done here.)"""
+    as hard (589,824 times for a Q of BERT-base); its lambda = 400 is on the scale of the mean, which its code takes. (That
+    code also divides S by 4 inside the sigmoid to keep 70 or 80 %, unsaid in the paper, by 3 for MNLI at 50 %; not done here.)"""
     return torch.sigmoid(scores).mean(dtype=torch.promote_types(scores.dtype, torch.float32))
 
 

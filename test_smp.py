@@ -1416,6 +1416,31 @@ def test_a_bag_of_words_does_not_understand_the_demo(demo):
     assert 0.6 < bag.score(words.transform(dev_texts), z) <= 0.85
 
 
+def test_the_benchmark_needs_no_downloads(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    found = train.main(["--benchmark", "tiny", "--task", "cola", "--batch-size", "4", "--dropout", "0.3", "--device", "cpu"])
+    text = capsys.readouterr().out
+    assert json.loads(text.splitlines()[-1]) == found and not list(tmp_path.iterdir())
+    assert found["weights"] == 2 * 12 * 256 * 256 and found["dropout"] == 0.3 and found["pairs"] >= 5
+    assert all(found[f"{part}_ms"] > 0 for part in ("dense", "smp", "mask", "regularizer", "optimizer"))
+    assert 0.2 < found["ratio"] < 5 and 0 < found["matmul_share"] < 1.5 and found["peak_mb"] > 100 and found["dense_peak_mb"] > 100
+    assert found["smp_ms"] > found["mask_ms"] + found["regularizer_ms"] + found["optimizer_ms"]
+    with pytest.raises(SystemExit) as exit_:
+        train.main(["--benchmark", "tiny", "--task", "qqp"])
+    assert exit_.value.code == 2 and "no lengths are known of QQP" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [name for name, task in data.TASKS.items() if task.lengths])
+def test_random_data_have_the_lengths_of_the_task(name, tmp_path):
+    task = data.TASKS[name]
+    data.write_random(tmp_path, task, n=5000)
+    tokenizer = data.load_tokenizer(tmp_path)
+    lengths = [len(ids) for ids in data.encode(tokenizer, *data.read_split(task, tmp_path, "train"), 512).ids]
+    assert np.abs(np.percentile(lengths, range(0, 81, 10)) - task.lengths[:9]).max() <= 2
+    assert task.lengths[0] <= min(lengths) and max(lengths) <= task.lengths[-1]
+    assert data.label_ids(tokenizer, task.words).shape == (len(task.words),)
+
+
 # =============================================================================================
 # 9. Round trips
 # =============================================================================================

@@ -891,53 +891,61 @@ def compare(args, learned):
 # ---- The benchmark --------------------------------------------------------------------------
 
 def benchmark(args, argv):
-    """Steps of this method and of dense fine-tuning, in turn, in one process: prints the medians and a JSON line."""
-    task, threads = data.TASKS[args.task], torch.get_num_threads()
+    """Times steps of this method and of dense fine-tuning, in turn in one process; prints a report and a JSON line."""
     with tempfile.TemporaryDirectory() as folder:
-        where = {"model": args.model or folder, "data": args.data or folder, "seed": args.seed[0]}
-        if where["data"] == folder or where["model"] == folder:
-            data.write_random(folder, task)
-        if where["model"] == folder:
+        if not (args.model and args.data):
+            data.write_random(folder, data.TASKS[args.task])
+        if not args.model:
             layers, hidden, heads = SIZES[args.benchmark]
-            save_model(folder, bert.Bert(bert.Config(num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=heads, intermediate_size=4 * hidden)), folder)
-        dense = parse_args([*argv, "--method", "finetune", "--dropout", str(args.dropout)])  # all else equal
+            config = bert.Config(num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=heads, intermediate_size=4 * hidden)
+            save_model(folder, bert.Bert(config), folder)
+        dense = parse_args([*argv, "--method", "finetune", "--dropout", str(args.dropout)])  # all else is equal
+        where = {"model": args.model or folder, "data": args.data or folder, "seed": args.seed[0]}
         both = [argparse.Namespace(**vars(a) | where) for a in (args, dense)]
-        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as alone:  # a peak never falls: each in a process of its own
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as alone:  # each in its own process: a peak never falls
             peaks = alone.map(longest_steps, both, chunksize=1)
-        runs = [Run(one) for one in both]
-        run, rows, begun = runs[0], [], time.monotonic()
-        scores = [layer.scores for layer in run.layers.values() if layer.scores.requires_grad]
-        batches = itertools.cycle(batches_from(0, run.train_set, run.args))
-        while len(rows) < 7 or len(rows) < 22 and time.monotonic() - begun < 100:
-            batch = next(batches)
-            took = [clock(lambda: settled_step(each, batch), args) for each in (runs if len(rows) % 2 else runs[::-1])]
-            took = took if len(rows) % 2 else took[::-1]
-            for s in scores:
-                s.grad = torch.zeros_like(s)
-            parts = [clock(part, args) for part in (lambda: (run.set_keep(), masks_of(run.layers)), lambda: smp.add_regularizer_gradient(scores, 0.0),
-                                                   run.optimizer.step)]
-            run.optimizer.zero_grad()
-            rows.append([*took, took[0] / took[1], *parts, batch["input_ids"].numel(), len(batch["index"])])
-    smp_ms, dense_ms, ratio, mask_ms, regularizer_ms, optimizer_ms, tokens, examples = np.median(rows[2:], 0).tolist()
-    n = sum(layer.weight.numel() for layer in run.layers.values())
-    c = run.model.config
-    # A product of matrices takes two operations a weight and token forwards, four backwards; attention two of T by T by D a layer.
-    operations = 6 * tokens * (n + 2 * c.num_hidden_layers * c.hidden_size * tokens / examples)
-    share = operations / matrix_rate(args) / (smp_ms / 1e3)
-    found = {"size": args.model or args.benchmark, "weights": n, "task": args.task, "method": args.method, "batch_size": args.batch_size,
-             "tokens_a_batch": round(tokens), "sparsity": args.sparsity, "dropout": args.dropout, "precision": args.precision, "device": args.device,
-             "threads": threads, "torch": torch.__version__, "pairs": len(rows) - 2, "dense_ms": dense_ms, "smp_ms": smp_ms, "ratio": ratio, "mask_ms": mask_ms,
-             "regularizer_ms": regularizer_ms, "optimizer_ms": optimizer_ms, "examples_per_s": 1e3 * examples / smp_ms, "matmul_share": share,
-             "peak_mb": peaks[0], "dense_peak_mb": peaks[1]}
-    name = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else f"{threads} threads"
-    print(f"{found['size']}, {n:,} prunable weights; {args.task}, {args.batch_size} examples a batch, {tokens:.0f} tokens with padding;\n"
-          f"{args.method} at sparsity {args.sparsity:g}, dropout {args.dropout:g}, {args.precision} on {args.device} ({name}), torch {torch.__version__}\n\n"
-          f"  dense fine-tuning step {dense_ms:9.1f} ms\n  {args.method:<22} {smp_ms:9.1f} ms   {ratio:.2f} of a dense step (median of {len(rows) - 2} pairs)")
-    for part, ms in (("counts and masks", mask_ms), ("regularizer", regularizer_ms), ("optimizer", optimizer_ms)):
-        print(f"    {part:<20} {ms:9.1f} ms   {ms / smp_ms:.0%}")
-    print(f"  {found['examples_per_s']:.0f} examples/s, {share:.0%} of the device's matrix rate\n"
-          f"  memory on the longest inputs: {peaks[0]:,.0f} MB, dense {peaks[1]:,.0f} MB\n{json.dumps(found)}")
+        run, dense = [Run(one) for one in both]
+    weights, rounds = sum(layer.weight.numel() for layer in run.layers.values()), timed_rounds(run, dense)
+    median = {key: float(np.median([r[key] for r in rounds])) for key in rounds[0]}
+    # A product of matrices takes 2 operations a weight and token forwards and 4 backwards; attention's two, of T by T by D a layer, too.
+    tokens, c = median.pop("tokens"), run.model.config
+    operations = 6 * tokens * (weights + 2 * c.num_hidden_layers * c.hidden_size * tokens / args.batch_size)
+    found = {"size": args.model or args.benchmark, "weights": weights, "tokens_a_batch": round(tokens)} | {
+        key: vars(args)[key] for key in ("task", "method", "batch_size", "sparsity", "dropout", "precision", "device")} | {
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "pairs": len(rounds)} | median | {
+        "examples_per_s": 1e3 * args.batch_size / median["smp_ms"], "matmul_share": 1e3 * operations / median["smp_ms"] / matrix_rate(args),
+        "peak_mb": peaks[0], "dense_peak_mb": peaks[1]}
+    chip = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else f"{found['threads']} threads"
+    print(f"{found['size']}, {weights:,} prunable weights; {args.task}: {args.batch_size} examples, {tokens:.0f} tokens a batch with padding;\n"
+          f"{args.method}, sparsity {args.sparsity:g}, dropout {args.dropout:g}, {args.precision} on {args.device} ({chip}), torch {torch.__version__}\n\n"
+          f"  dense fine-tuning    {found['dense_ms']:9.1f} ms a step\n"
+          f"  {args.method:<20} {found['smp_ms']:9.1f} ms a step, {found['ratio']:.2f} of a dense one (medians of {len(rounds)} pairs)")
+    for part in ("mask", "regularizer", "optimizer"):
+        print(f"    {part:<18} {found[part + '_ms']:9.1f} ms, {found[part + '_ms'] / found['smp_ms']:.0%} of it")
+    print(f"  {found['examples_per_s']:.0f} examples/s, {found['matmul_share']:.0%} of the device's matrix rate\n"
+          f"  memory with the longest inputs: {peaks[0]:,.0f} MB, dense {peaks[1]:,.0f} MB\n{json.dumps(found)}")
     return found
+
+
+def timed_rounds(run, dense):
+    """Pairs of steps on the same batch and parts of a step, as dicts of ms: 20, or as many as 100 s allow, at least 5, after two to warm up."""
+    args, rounds, begun = run.args, [], time.monotonic()
+    scores = [layer.scores for layer in run.layers.values() if layer.scores.requires_grad]
+    for batch in itertools.cycle(batches_from(0, run.train_set, args)):
+        ms = {"tokens": batch["input_ids"].numel()}
+        pair = [("dense_ms", dense), ("smp_ms", run)]
+        for key, one in pair if len(rounds) % 2 else reversed(pair):
+            ms[key] = clock(lambda: settled_step(one, batch), args)
+        for s in scores:
+            s.grad = torch.zeros_like(s)
+        ms |= {"ratio": ms["smp_ms"] / ms["dense_ms"],
+               "mask_ms": clock(lambda: (run.set_keep(), masks_of(run.layers)), args),
+               "regularizer_ms": clock(lambda: smp.add_regularizer_gradient(scores, 0.0), args),
+               "optimizer_ms": clock(run.optimizer.step, args)}
+        run.optimizer.zero_grad()
+        rounds.append(ms)
+        if len(rounds) >= 22 or len(rounds) >= 7 and time.monotonic() - begun > 100:
+            return rounds[2:]
 
 
 def settled_step(run, batch):
