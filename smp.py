@@ -23,7 +23,7 @@ Read on in the order in which a step needs it:
     Table 3   the masking functions: four rules for the score that is kept      topk_mask, keep_counts
     Eq. 4     SMP-S, the rule of the paper's own                                keep_counts
     Eq. 5     how the sparsity grows over the steps                             sparsity_at
-    Eq. 6, 7  task loss + sparsity regulariser (+ distillation)                 objective, regularizer
+    Eq. 6, 7  task loss + sparsity regulariser; the distillation loss           objective, regularizer, distillation_loss
     Eq. 3     the layer that puts them to use                                   MaskedLinear, prune
 
 Nothing here knows of BERT: `prune` takes any module with nn.Linears in it.
@@ -149,10 +149,10 @@ def keep_counts(scores, sparsity, rule, tau=0.1):
 
         k_l = k * L * R(S_l) / sum_j R(S_j),     k = 1 - sparsity,  R(S) = mean of sigmoid(S)   (Eq. 4)
 
-    (where sizes differ within a type, in proportion to n_l R(S_l)). Eq. 4 can ask for more than a matrix has. The original
-    code lets it, and misses its target; here such a matrix is kept whole and the others of its type share the rest. Raises
-    ValueError for an unknown rule or a sparsity outside [0, 1]; smp-s and global raise FloatingPointError for nan in
-    scores, the others leave that to topk_mask."""
+    (where sizes differ within a type, in proportion to n_l R(S_l); the paper writes v for what is kept here, and in Eq. 5 for what
+    is removed). Eq. 4 can ask for more than a matrix has. The original code lets it, and misses its target; here such a matrix
+    is kept whole and the others of its type share the rest. Raises ValueError for an unknown rule or a sparsity outside
+    [0, 1]; smp-s and global raise FloatingPointError for nan in scores, the others leave that to topk_mask."""
     if rule not in RULES:
         raise ValueError(f"rule is {rule!r}; expected one of {', '.join(RULES)}")
     if not 0 <= sparsity <= 1:
@@ -247,9 +247,9 @@ def distillation_loss(student_logits, teacher_logits, temperature=2.0):
     """T^2 KL(teacher || student) of the softened distributions softmax(logits / T), logits (B, C),
     summed over classes, mean over the batch. T^2 keeps the gradient's size the same for every T.
 
-    The paper prints KL(student || teacher); its code, like movement pruning before it, computes this one, which makes the
-    student cover all that the teacher holds possible. One logit has no distribution: a regression takes the squared
-    difference of the outputs."""
+    Eq. 7 is KL(student || teacher), without a T; the authors' code, like movement pruning before it, computes this one,
+    which makes the student cover all that the teacher holds possible. One logit has no distribution: a regression takes
+    the squared difference of the outputs."""
     if student_logits.shape[1] == 1:
         return F.mse_loss(student_logits, teacher_logits)
     student = F.log_softmax(student_logits / temperature, dim=1)
@@ -258,8 +258,8 @@ def distillation_loss(student_logits, teacher_logits, temperature=2.0):
 
 
 def objective(logits, labels, teacher_logits=None, temperature=2.0, teacher_weight=0.5):
-    """L_task, or with a teacher (1 - a) L_task + a L_distil, a scalar; a = teacher_weight. The whole
-    objective (Eq. 6; with the teacher, Eq. 7) is
+    """L_task, or with a teacher (1 - a) L_task + a distillation_loss, a scalar; a = teacher_weight. The
+    whole objective (Eq. 6; there the ramp is v_t / v_f, in train.py it grows over the whole run) is
 
         L = this + lambda * ramp * regularizer(scores)
 

@@ -1418,7 +1418,11 @@ def test_a_bag_of_words_does_not_understand_the_demo(demo):
 
 def test_the_benchmark_needs_no_downloads(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    timed, settings = train.timed_rounds, []
+    monkeypatch.setattr(train, "timed_rounds", lambda *runs: settings.extend(run.settings() for run in runs) or timed(*runs))
     found = train.main(["--benchmark", "tiny", "--task", "cola", "--batch-size", "4", "--dropout", "0.3", "--device", "cpu"])
+    assert {key for key in settings[0] if settings[0][key] != settings[1][key]} == {
+        "method", "sparsity", "ramp", "ramp_steps", "scores_from", "rule", "trains_weights", "init", "lam", "pull"}  # and nothing else
     text = capsys.readouterr().out
     assert json.loads(text.splitlines()[-1]) == found and not list(tmp_path.iterdir())
     assert found["weights"] == 2 * 12 * 256 * 256 and found["dropout"] == 0.3 and found["pairs"] >= 5
