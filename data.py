@@ -42,7 +42,7 @@ class Task:
     columns: tuple = ()              # of train and dev where the file has no header line
     archive: str = ""                # its zip below GLUE_URL/glue/data/
     skip_short_lines: bool = False   # QQP's official train file has a few
-    lengths: tuple = ()              # deciles of the lengths of train's examples, in tokens: for benchmarks
+    lengths: tuple = ()              # of train's examples, in tokens: shortest, nine deciles, longest (for benchmarks)
 
     @property
     def regression(self):

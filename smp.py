@@ -66,7 +66,7 @@ def topk_mask(scores, n_keep):
     """The 0/1 mask of the n_keep largest scores, straight-through.
 
     scores: any shape, any floating dtype; the mask has both. Exactly n_keep ones whatever the ties: among
-    equal scores the lowest index (in memory order) wins, on every run and device.
+    equal scores the first, row by row, wins, on every run and device.
         topk_mask([[.1, .7], [.7, .7]], 2)  ->  [[0, 1], [1, 0]]
     Raises ValueError for an n_keep outside [0, n], FloatingPointError for nan or inf in scores."""
     if not 0 <= n_keep <= scores.numel():
@@ -119,7 +119,7 @@ def _kth_largest(flat, k):
         if n_over < k <= n_least:
             if tied:
                 return low, n_least
-            eights = (over ^ least).view(torch.int64)  # few flags are set: look at eight at once before at each
+            eights = (over ^ least).view(torch.int64)  # few flags are set: eight bools, seen as one number, are mostly 0
             some = eights.nonzero()[:, 0]
             flat = flat.view(-1, 8).index_select(0, some).view(-1)[eights.index_select(0, some).view(torch.bool)]
             above = n_over
@@ -177,9 +177,9 @@ def keep_counts(scores, sparsity, rule, tau=0.1):
         peers = [name for name in scores if name.rpartition(".")[2] == kind]
         to_share = (1 - sparsity) * sum(size[name] for name in peers)
         while peers:
-            k = to_share / math.fsum(size[name] * R[name] for name in peers)  # fsum: the same in any order of layers
-            full = [name for name in peers if k * R[name] > 1]
-            quota |= {name: min(1, k * R[name]) * size[name] for name in full or peers}
+            scale = to_share / math.fsum(size[name] * R[name] for name in peers)  # fsum: the same in any order of layers
+            full = [name for name in peers if scale * R[name] > 1]
+            quota |= {name: min(1, scale * R[name]) * size[name] for name in full or peers}
             to_share -= sum(size[name] for name in full)
             peers = [name for name in peers if name not in full] if full else []
 
@@ -207,9 +207,9 @@ def sparsity_at(step, ramp_steps, target):
         v_t = v_f - v_f (1 - t/N)^3   for t < N,   then v_f
 
     Fast at first, while there is plenty to drop, slow near the end. With 0 ramp_steps the target holds from step 0 on. After N
-    the number of kept weights is fixed, but not which ones. (The N of Eq. 5 is no number of weights.) The paper takes 7 epochs
-    where much is kept, else 3,500 steps; its code all but 30,000 steps where half or less is kept, a negative N on every
-    small task; train.py a fraction of the run, which fits runs of any length.
+    the number of kept weights is fixed, but not which ones. (The N of Eq. 5 is no number of weights.) N is, in the paper,
+    7 epochs where over 70 % is kept, else 3,500 steps; in its code 3,500 or 5,250 steps where over 70 % is kept, else the
+    whole run but 30,000 steps, negative on every small task; in train.py a fraction of the run, which fits any length.
         sparsity_at(0, 100, 0.9) -> 0     sparsity_at(50, 100, 0.9) -> 0.7875     sparsity_at(100, 100, 0.9) -> 0.9"""
     if step >= ramp_steps:
         return target
@@ -228,8 +228,8 @@ def regularizer(scores):
 
 @torch.no_grad()
 def add_regularizer_gradient(scores, strength):
-    """Adds strength * dR/dS to the gradients of a list of scores, in place: what autograd would get from
-    (strength * regularizer(scores)).backward(), matrix by matrix in a third of the time."""
+    """Adds strength * dR/dS to the gradients of a list of scores, in place: what, but for rounding, autograd would get
+    from (strength * regularizer(scores)).backward(), matrix by matrix in a third of the time."""
     for s in scores:
         sigmoid = torch.sigmoid(s)
         s.grad.addcmul_(sigmoid, 1 - sigmoid, value=strength / (len(scores) * s.numel()))
@@ -276,8 +276,8 @@ def balanced_lambda(scores, pull=1.0):
         lambda = pull * 4 N rms(g)
 
     so that scores at 0, where sigmoid' = 1/4, are on average pulled down `pull` times as hard as the
-    task pushes a typical score about. train.py takes it once, at the first batch, when nothing is
-    pruned yet; its ramp lets it grow from 0 to full strength.
+    task pushes a typical score about. train.py takes it at the first batch (a regression's first gradients only find its
+    mean: there the smallest of the first twentieth of the steps), and lets it grow from 0 to full strength.
 
     Adam rescales every gradient to about size 1. With the task alone, every score would move at one speed, signal or noise.
     A common pull as large as the noise dominates Adam's divisor, so that a score moves in proportion to its task gradient.
@@ -295,7 +295,7 @@ class MaskedLinear(nn.Module):
 
     weight (out, in) and bias (out,) are those of the linear it replaces, bit for bit; scores (out, in) is the one trainable
     parameter. (The methods SMP is compared with thaw the weight: what it then gets is dL/dW = dL/dW' * M, nothing where it
-    is pruned.) keep_counts sets n_keep before each step."""
+    is pruned.) Before each step train.py sets n_keep to what keep_counts says."""
 
     def __init__(self, linear, init):
         super().__init__()
