@@ -7,8 +7,10 @@ the report, the demo. The method itself is in smp.py, the network in bert.py, GL
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -41,7 +43,7 @@ METHODS = {        # where the scores come from, the rule that counts them (smp.
     "threshold":     ("learned",   "threshold", "frozen"),
     "random":        ("random",    "smp-l",     "frozen"),
     "magnitude":     ("magnitude", "smp-l",     "trained"),   # gradual magnitude pruning
-    "movement":      ("learned",   "smp-l",     "trained"),   # movement pruning
+    "movement":      ("learned",   "smp-l",     "trained"),   # movement pruning (its own start and objective: --init zero --lambda 0)
     "soft-movement": ("learned",   "threshold", "trained"),
     "finetune":      (None,        None,        "trained"),   # dense: nothing is removed
 }
@@ -125,7 +127,8 @@ def parse_args(argv):
                    "(default: 3e-5)")
     strength = g.add_mutually_exclusive_group()
     strength.add_argument("--pull", type=nonnegative, metavar="P", help="strength of the sparsity regulariser in units of the task's "
-                          "gradient at the first batch; lambda grows to it over the run (default: 1; 0.2 for the demo)")
+                          "gradient at the first batch (a regression: the smallest of the first twentieth of the steps); lambda grows to it over the run (default: 1; "
+                          "0.2 for the demo)")
     strength.add_argument("--lambda", type=nonnegative, dest="lam", metavar="L", help="lambda itself; the paper's is 400")
     g.add_argument("--ramp", type=number(0, 1), metavar="F",
                    help="fraction of the steps in which the sparsity grows to its target (default: 0.5)")
@@ -133,7 +136,7 @@ def parse_args(argv):
                    "deviation of its matrix (default: magnitude; zero for the demo)")
     g.add_argument("--dropout", type=number(0, 1, closed=False), metavar="P", help="dropout while training (default: 0.1 where weights "
                    "are trained, else 0.2 where at least half of them are kept, else 0)")
-    g.add_argument("--paper", action="store_true", help="the published recipe: --init zero --lambda 400 --dropout 0.1, batches never below 32")
+    g.add_argument("--paper", action="store_true", help="the published start, regulariser, dropout and batches: --init zero --lambda 400 --dropout 0.1, batches never below 32")
     g.add_argument("--tau", type=number(0, 1), default=0.1, metavar="T",
                    help="for --method threshold: keep where sigmoid(S) > T (default: 0.1)")
     g.add_argument("--temperature", type=number(1e-3, math.inf), default=2.0, metavar="T", help="of the distillation (default: 2)")
@@ -163,6 +166,8 @@ def parse_args(argv):
     if args.eval or args.predict:
         return args
     if args.benchmark:
+        if bool(args.model) != bool(args.data):
+            p.error("--benchmark takes both --model and --data, for their real lengths, or neither")
         default(task="mrpc", batch_size=32, epochs=1, model="", data="")
     args.scores_from, args.rule, weights = METHODS[args.method]
     args.trains_weights = weights == "trained"
@@ -198,7 +203,8 @@ def forward(model, batch, label_ids, args):
     inputs = {key: batch[key].to(args.device, non_blocking=True) if batch[key] is not None else None
               for key in ("input_ids", "attention_mask", "token_type_ids")}
     with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16"):
-        return model.label_logits(model(**inputs), label_ids).float()
+        hidden = model(**inputs)
+    return model.label_logits(hidden.float(), label_ids)  # not in bf16, which knows but 65 numbers between 2 and 4
 
 
 @torch.inference_mode()
@@ -369,7 +375,8 @@ class Run:
             # Set at the first batch. A regression's first gradients only find its mean: there the smallest so far counts.
             if args.lam is None and step <= (args.steps // 20 if self.task.regression else 0):
                 self.state["lam"] = min(self.state["lam"] or math.inf, smp.balanced_lambda(scores, args.pull))
-            # The paper ramps lambda with the sparsity, v_t / v_f; its code over the whole run, as here (not compared).
+            # The paper ramps lambda with the sparsity, v_t / v_f; its code by the same cubic over the whole run, 1 - (1 - t/T)^3,
+            # as here. Which of them is better was not tested.
             ramp = smp.sparsity_at(step, args.steps, 1.0)
             smp.add_regularizer_gradient(scores, self.state["lam"] * ramp)
         for group in self.optimizer.param_groups:
@@ -489,8 +496,9 @@ def train(args):
     """Runs one method on one task; returns the final metrics. Everything is written to args.out.
 
     Ctrl-C lets the step end and writes a checkpoint; kill -9 loses what came after the last one. Either
-    way --resume goes on from there, bit for bit: scores, Adam's moments, dropout's generator and lambda
-    are in it, masks follow from the scores, an epoch's order from its seed, and the log is cut back."""
+    way --resume goes on from there, bit for bit (a GPU: as far as its kernels repeat themselves): scores,
+    Adam's moments, dropout's generator and lambda are in it, masks follow from the scores, an epoch's
+    order from its seed, and the log is cut back."""
     started, out = time.monotonic(), Path(args.out)
     log_path, checkpoint_path = out / "metrics.jsonl", out / "checkpoint.safetensors"
     if final := earlier_run(args):
@@ -523,7 +531,8 @@ def train(args):
                     if step % 20 == 0 or step == args.steps:  # not always, since reading the loss waits for the device
                         if not math.isfinite(loss.item()):
                             raise FloatingPointError(f"the loss is {loss.item()}, the run has diverged")
-                        bar.set_postfix_str(f"loss {loss.item():.3f}  sparsity {sparsity_of(masks_of(run.layers)):.3f}  "
+                        kept = sum(layer.n_keep for layer in run.layers.values()), sum(layer.weight.numel() for layer in run.layers.values())
+                        bar.set_postfix_str(f"loss {loss.item():.3f}  sparsity {1 - kept[0] / kept[1] if run.layers else 0:.3f}  "
                                             f"lr {run.optimizer.param_groups[0]['lr']:.1e}  "
                                             f"{(step - first) * args.batch_size / (time.monotonic() - begun):.0f} ex/s", refresh=False)
                         bar.update(step - bar.n)
@@ -582,7 +591,8 @@ def earlier_run(args):
     if not lines or lines[-1].get("event") != "final":
         return None
     for key, value in json.loads(json.dumps(vars(args))).items():
-        if lines[0].get(key, value) != value and value is not None and key not in ("out", "device"):
+        open_yet = value is None and key in ("epochs", "batch_size", "eval_every")  # what only the size of the data decides
+        if lines[0].get(key, value) != value and not open_yet and key not in ("out", "device"):
             raise ValueError(f"{log_path}: complete, but with {key} {lines[0][key]}, this run has {value}; give another --out")
     return lines[-1]
 
@@ -640,7 +650,7 @@ class Log:
 
 
 def peak_mb(args):
-    """The most memory the run has held, in MB: on the GPU if it ran there, else of the process."""
+    """The most memory this process has held, in MB: on the GPU if it ran there, else in all."""
     if args.device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(args.device) / 1e6
     try:
@@ -811,7 +821,7 @@ def report(out, masks, final, changed, args):
 def prepare_demo(folder):
     """Writes the made-up task and pre-trains a tiny BERT on its language, unless both are there."""
     folder = Path(folder)
-    if not (folder / "model/model.safetensors").is_file():
+    if not all((folder / name).is_file() for name in ("model/model.safetensors", "DEMO/train.tsv", "DEMO/dev.tsv")):
         print(f"demo        first run: writing a small language to {folder}/ and pre-training a BERT on it")
         data.write_demo(folder)
         pretrain(folder)
@@ -875,7 +885,7 @@ def compare(args, learned):
         with smp.folded(layers, {name: smp.topk_mask(s, counts[name]) for name, s in scores.items()}):
             rows.append((kind, accuracy()))
     rows.append(("the learned mask", learned["metrics"]["accuracy"]))
-    with contextlib.redirect_stdout(None):
+    with contextlib.redirect_stdout(io.StringIO()):
         dense = main(["--method", "finetune", "--epochs", "2", "--weight-lr", "5e-4", "--dropout", "0", "--device", args.device, "--precision",
                       args.precision, "--max-length", str(args.max_length), "--data", args.data, "--model", str(base), "--out", str(ceiling), "--resume"])
     rows.append(("dense fine-tuning, every weight trained", dense["metrics"]["accuracy"]))
@@ -892,18 +902,18 @@ def compare(args, learned):
 
 def benchmark(args, argv):
     """Times steps of this method and of dense fine-tuning, in turn in one process; prints a report and a JSON line."""
+    if args.scores_from in ("random", None):
+        raise ValueError(f"--method {args.method} learns no mask; --benchmark compares one that does with dense fine-tuning")
     with tempfile.TemporaryDirectory() as folder:
-        if not (args.model and args.data):
-            data.write_random(folder, data.TASKS[args.task])
         if not args.model:
+            data.write_random(folder, data.TASKS[args.task])
             layers, hidden, heads = SIZES[args.benchmark]
             config = bert.Config(num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=heads, intermediate_size=4 * hidden)
             save_model(folder, bert.Bert(config), folder)
         dense = parse_args([*argv, "--method", "finetune", "--dropout", str(args.dropout)])  # all else is equal
         where = {"model": args.model or folder, "data": args.data or folder, "seed": args.seed[0]}
         both = [argparse.Namespace(**vars(a) | where) for a in (args, dense)]
-        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as alone:  # each in its own process: a peak never falls
-            peaks = alone.map(longest_steps, both, chunksize=1)
+        peaks = [in_a_process_of_its_own(longest_steps, one) for one in both]  # for a process's peak never falls
         run, dense = [Run(one) for one in both]
     weights, rounds = sum(layer.weight.numel() for layer in run.layers.values()), timed_rounds(run, dense)
     median = {key: float(np.median([r[key] for r in rounds])) for key in rounds[0]}
@@ -936,8 +946,8 @@ def timed_rounds(run, dense):
         pair = [("dense_ms", dense), ("smp_ms", run)]
         for key, one in pair if len(rounds) % 2 else reversed(pair):
             ms[key] = clock(lambda: settled_step(one, batch), args)
-        for s in scores:
-            s.grad = torch.zeros_like(s)
+        for p in [p for group in run.optimizer.param_groups for p in group["params"]]:
+            p.grad = torch.zeros_like(p)
         ms |= {"ratio": ms["smp_ms"] / ms["dense_ms"],
                "mask_ms": clock(lambda: (run.set_keep(), masks_of(run.layers)), args),
                "regularizer_ms": clock(lambda: smp.add_regularizer_gradient(scores, 0.0), args),
@@ -946,6 +956,14 @@ def timed_rounds(run, dense):
         rounds.append(ms)
         if len(rounds) >= 22 or len(rounds) >= 7 and time.monotonic() - begun > 100:
             return rounds[2:]
+
+
+def in_a_process_of_its_own(function, argument):
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(function, argument).result()
+        except concurrent.futures.process.BrokenProcessPool:
+            raise OSError("the process that measures the memory was killed: too little of it? Give a smaller size or --batch-size") from None
 
 
 def settled_step(run, batch):
@@ -959,7 +977,7 @@ def longest_steps(args):
     run = Run(args)
     ids = torch.zeros(args.batch_size, args.max_length, dtype=torch.long)
     batch = {"index": torch.arange(len(ids)), "input_ids": ids, "token_type_ids": ids, "attention_mask": None,
-             "labels": torch.from_numpy(run.train_set.labels[:len(ids)])}
+             "labels": torch.from_numpy(np.resize(run.train_set.labels, len(ids)))}
     for _ in range(3):
         settled_step(run, batch)
     return peak_mb(args)
@@ -967,7 +985,9 @@ def longest_steps(args):
 
 def clock(work, args):
     """How long it takes, in ms."""
-    wait = torch.cuda.synchronize if args.device.startswith("cuda") else lambda: None
+    def wait():
+        if args.device.startswith("cuda"):
+            torch.cuda.synchronize(args.device)
     wait()
     start = time.perf_counter()
     work()
