@@ -282,7 +282,10 @@ def write_predictions(task, split, logits, folder):
     like (MNLI-m and MNLI-mm): index and prediction, labels as in the train file, STS-B a number
     from 0 to 5. Returns its path."""
     name = task.folder + {"test_matched": "-m", "test_mismatched": "-mm"}.get(split, "")
-    predicted = [f"{score:.3f}" for score in logits[:, 0].clip(0, 5)] if task.regression else [task.labels[i] for i in logits.argmax(1)]
+    if task.regression:
+        predicted = [f"{score:.3f}" for score in logits[:, 0].clip(0, 5)]
+    else:
+        predicted = [task.labels[i] for i in logits.argmax(1)]
     path = Path(folder) / f"{name}.tsv"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(["index\tprediction", *(f"{i}\t{p}" for i, p in enumerate(predicted))]) + "\n", "utf-8")
@@ -355,8 +358,8 @@ def write_random(folder, task, n=1000, seed=0):
     """Writes a train.tsv and a dev.tsv of n examples that mean nothing, in the task's layout and the lengths of its real
     ones, and a vocab.txt of BERT's size: enough to measure speed with, where there is no network."""
     if not task.lengths:
-        raise ValueError(f"no lengths are known of {task.folder}; expected one of {', '.join(t for t in TASKS if TASKS[t].lengths)}, "
-                         "or --model and --data for the real thing")
+        known = ", ".join(name for name in TASKS if TASKS[name].lengths)
+        raise ValueError(f"no lengths are known of {task.folder}; expected one of {known}, or --model and --data for the real thing")
     rng = random.Random(seed)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str.lower, task.words)]
     words += [f"w{i}" for i in range(len(words), 30522)]

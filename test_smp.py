@@ -1032,7 +1032,9 @@ def fails(run, *flags, capsys, code=2, **kwargs):
     (["--task", "mprc"], "mprc"), (["--sparsity", "90"], "from 0"), (["--sparsity", "-0.1"], "from 0"),
     (["--sparsity", "nan"], "from 0"), (["--epochs", "0"], "whole number"), (["--epochs", "2.5"], "whole number"),
     (["--model", "/no/such/folder"], "/no/such/folder"), (["--method", "smp"], "smp"), (["--max-length", "999"], "positions"),
-    (["--device", "quantum"], "quantum"), (["--pull", "1", "--lambda", "400"], "not allowed with"), (["--frobnicate"], "frobnicate"), (["--resume", "--overwrite"], "one of them"), (["--export", "x"], "--eval"), (["--teacher", "/nowhere"], "/nowhere"),
+    (["--device", "quantum"], "quantum"), (["--pull", "1", "--lambda", "400"], "not allowed with"),
+    (["--frobnicate"], "frobnicate"), (["--resume", "--overwrite"], "one of them"), (["--export", "x"], "--eval"),
+    (["--teacher", "/nowhere"], "/nowhere"), (["--benchmark", "--method", "finetune"], "learns no mask"),
 ])
 def test_wrong_flags_end_in_one_line(world, capsys, flags, message, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -1046,7 +1048,8 @@ def test_wrong_flags_end_in_one_line(world, capsys, flags, message, monkeypatch)
     (b"sentence\tlabel\na good film\t7\n", "train.tsv, line 2: label '7' is unknown"),
     (b"sentence\tlabel\n", "train.tsv: no examples"), (b"", "train.tsv, line 1: no column 'sentence'"),
     (b"text\tlabel\na\t1\n", "no column 'sentence'"), (b"sentence\tlabel\n\xff\t1\n", "line 2: not UTF-8"),
-    (b"sentence\tlabel\na\t1\nb\t1\n", "train.tsv: every label is '1'"), (b"sentence\tlabel\na\0\t1\n", "line 2: a NUL byte"), (None, "train.tsv: no such file"),
+    (b"sentence\tlabel\na\t1\nb\t1\n", "train.tsv: every label is '1'"), (b"sentence\tlabel\na\0\t1\n", "line 2: a NUL byte"),
+    (None, "train.tsv: no such file"),
 ])
 def test_bad_tsvs_end_in_one_line(world, capsys, content, message):
     path = world.folder / "glue/SST-2/train.tsv"
@@ -1077,8 +1080,9 @@ def test_the_other_methods_ship_what_they_train(world, method, bits):
 
 
 def test_magnitude_follows_the_weights_as_they_are_trained(world):
-    args = train.parse_args(["--task", "sst2", "--method", "magnitude", "--weight-lr", "0.01", "--model", str(world.folder / "model"), "--data",
-                             str(world.folder / "glue"), "--epochs", "1", "--batch-size", "16", "--max-length", "16", "--device", "cpu"])
+    args = train.parse_args(["--task", "sst2", "--method", "magnitude", "--weight-lr", "0.01", "--epochs", "1",
+                             "--batch-size", "16", "--max-length", "16", "--device", "cpu",
+                             "--model", str(world.folder / "model"), "--data", str(world.folder / "glue")])
     args.seed, args.out = 0, str(world.folder / "run")
     run = train.Run(args)
     for batch in train.batches_from(0, run.train_set, args):
@@ -1091,7 +1095,8 @@ def test_several_seeds_give_mean_and_spread(world, capsys):
     together = world("--seed", "0", "1", "2", "--epochs", "1")
     ones = [world("--seed", str(s), "--epochs", "1", out=f"one{s}")["best"]["metrics"]["accuracy"] for s in range(3)]
     assert together["best_accuracy"] == ones and together["n"] == 3
-    assert together["best_accuracy_mean"] == pytest.approx(np.mean(ones)) and together["best_accuracy_std"] == pytest.approx(np.std(ones, ddof=1))
+    assert together["best_accuracy_mean"] == pytest.approx(np.mean(ones))
+    assert together["best_accuracy_std"] == pytest.approx(np.std(ones, ddof=1))
     assert json.dumps(together) in capsys.readouterr().out
 
 
@@ -1148,7 +1153,8 @@ def test_predictions_are_what_glue_takes(world):
                 "--out", str(world.folder / "predictions")])
     assert (world.folder / "predictions/SST-2.tsv").read_text() == "index\tprediction\n0\t1\n1\t0\n2\t1\n"
     lines = (world.folder / "predictions/MNLI-mm.tsv").read_text().splitlines()
-    assert len(lines) == 31 and lines[7].startswith("6\t") and {line.split("\t")[1] for line in lines[1:]} <= set(data.TASKS["mnli"].labels)
+    assert len(lines) == 31 and lines[7].startswith("6\t")
+    assert {line.split("\t")[1] for line in lines[1:]} <= set(data.TASKS["mnli"].labels)
     with zipfile.ZipFile(world.folder / "predictions/submission.zip") as z:
         assert z.namelist() == ["SST-2.tsv", "MNLI-m.tsv", "MNLI-mm.tsv"]
 
@@ -1350,7 +1356,10 @@ def test_damaged_files_end_in_one_line_that_names_them(interrupted, capsys, file
             if "mask" in file:
                 train.main(["--eval", str(path), "--data", str(interrupted.folder / "glue"), "--device", "cpu"])
             else:
-                interrupted(*(["--resume"] if "checkpoint" in file else ["--epochs", "1", "--limit", "32"]), out="run" if "checkpoint" in file else f"try{case}")
+                if "checkpoint" in file:
+                    interrupted("--resume", out="run")
+                else:
+                    interrupted("--epochs", "1", "--limit", "32", out=f"try{case}")
             assert how in ("bits", "cut") and file.endswith((".tsv", "vocab.txt")) or how == "bits" and "model/" in file
         except SystemExit as exit:
             error = [line for line in capsys.readouterr().err.split("\n") if line.startswith("error: ")]

@@ -43,7 +43,7 @@ METHODS = {        # where the scores come from, the rule that counts them (smp.
     "threshold":     ("learned",   "threshold", "frozen"),
     "random":        ("random",    "smp-l",     "frozen"),
     "magnitude":     ("magnitude", "smp-l",     "trained"),   # gradual magnitude pruning
-    "movement":      ("learned",   "smp-l",     "trained"),   # movement pruning (its own start and objective: --init zero --lambda 0)
+    "movement":      ("learned",   "smp-l",     "trained"),   # movement pruning; as published with --init zero --lambda 0
     "soft-movement": ("learned",   "threshold", "trained"),
     "finetune":      (None,        None,        "trained"),   # dense: nothing is removed
 }
@@ -105,15 +105,16 @@ def parse_args(argv):
     g.add_argument("--out", metavar="DIR", help="folder of the run (default: runs/TASK-METHOD-SPARSITY-sSEED)")
     g.add_argument("--overwrite", action="store_true", help="start over in a folder that already holds a run")
     g.add_argument("--resume", action="store_true", help="go on where a run in this folder was interrupted")
-    g.add_argument("--checkpoint-every", type=nonnegative, default=60, metavar="SECONDS", help="time between checkpoints, or more, so that they "
-                   "take at most 2 %% of it (default: 60)")
+    g.add_argument("--checkpoint-every", type=nonnegative, default=60, metavar="SECONDS",
+                   help="time between checkpoints, or more, so that they take at most 2 %% of it (default: 60)")
     g = p.add_argument_group("instead of training: use masks (task, base model and settings come with them)")
     use = g.add_mutually_exclusive_group()
     use.add_argument("--eval", nargs="+", metavar="MASK", help="evaluate mask files on dev")
-    use.add_argument("--predict", nargs="+", metavar="MASK", help="write GLUE's submission files for the test splits into --out (default: "
-                     "predictions); of several masks also the zip")
-    use.add_argument("--benchmark", nargs="?", const="mini", choices=SIZES, help="time a step against one of dense fine-tuning, on random "
-                     "weights of this size (default: mini, MiniLM's) in the lengths of --task (default: mrpc), or on --model and --data")
+    use.add_argument("--predict", nargs="+", metavar="MASK", help="write GLUE's submission files for the test splits into "
+                     "--out (default: predictions); of several masks also the zip")
+    use.add_argument("--benchmark", nargs="?", const="mini", choices=SIZES, help="time a step against one of dense "
+                     "fine-tuning, on random weights of this size (default: mini, MiniLM's) in the lengths of --task "
+                     "(default: mrpc), or on --model and --data")
     g.add_argument("--export", metavar="DIR", help="with --eval MASK: write the pruned model as a Hugging Face-layout folder")
     g = p.add_argument_group("how long (the paper's: they depend on the number of training examples)")
     g.add_argument("--epochs", type=whole, metavar="E", help="default: 12 above 10,000 examples, 100 below 3,000, else 60")
@@ -122,27 +123,31 @@ def parse_args(argv):
     g.add_argument("--limit", type=whole, metavar="N", help="use only the first N training examples (default: all)")
     g.add_argument("--eval-every", type=whole, metavar="STEPS", help="steps between evaluations (default: one epoch)")
     g = p.add_argument_group("the method")
-    g.add_argument("--lr", type=nonnegative, default=2e-2, metavar="LR", help="learning rate of the scores; it falls linearly to 0 (default: 2e-2)")
-    g.add_argument("--weight-lr", type=nonnegative, default=3e-5, metavar="LR", help="the same for weights, where the method trains them "
-                   "(default: 3e-5)")
+    g.add_argument("--lr", type=nonnegative, default=2e-2, metavar="LR",
+                   help="learning rate of the scores; it falls linearly to 0 (default: 2e-2)")
+    g.add_argument("--weight-lr", type=nonnegative, default=3e-5, metavar="LR",
+                   help="the same for weights, where the method trains them (default: 3e-5)")
     strength = g.add_mutually_exclusive_group()
-    strength.add_argument("--pull", type=nonnegative, metavar="P", help="strength of the sparsity regulariser in units of the task's "
-                          "gradient at the first batch (a regression: the smallest of the first twentieth of the steps); lambda grows to it over the run (default: 1; "
-                          "0.2 for the demo)")
+    strength.add_argument("--pull", type=nonnegative, metavar="P", help="strength of the sparsity regulariser in "
+                          "units of the task's gradient at the first batch (a regression: the smallest of the first twentieth "
+                          "of the steps); lambda grows to it over the run (default: 1; 0.2 for the demo)")
     strength.add_argument("--lambda", type=nonnegative, dest="lam", metavar="L", help="lambda itself; the paper's is 400")
     g.add_argument("--ramp", type=number(0, 1), metavar="F",
                    help="fraction of the steps in which the sparsity grows to its target (default: 0.5)")
     g.add_argument("--init", choices=["zero", "magnitude"], help="scores to start from: 0, or |W| over twice the standard "
                    "deviation of its matrix (default: magnitude; zero for the demo)")
-    g.add_argument("--dropout", type=number(0, 1, closed=False), metavar="P", help="dropout while training (default: 0.1 where weights "
-                   "are trained, else 0.2 where at least half of them are kept, else 0)")
-    g.add_argument("--paper", action="store_true", help="the published start, regulariser, dropout and batches: --init zero --lambda 400 --dropout 0.1, batches never below 32")
+    g.add_argument("--dropout", type=number(0, 1, closed=False), metavar="P", help="dropout while training "
+                   "(default: 0.1 where weights are trained, else 0.2 where at least half of them are kept, else 0)")
+    g.add_argument("--paper", action="store_true", help="the published start, regulariser, dropout and batches: --init zero "
+                   "--lambda 400 --dropout 0.1, batches never below 32")
     g.add_argument("--tau", type=number(0, 1), default=0.1, metavar="T",
                    help="for --method threshold: keep where sigmoid(S) > T (default: 0.1)")
-    g.add_argument("--temperature", type=number(1e-3, math.inf), default=2.0, metavar="T", help="of the distillation (default: 2)")
+    g.add_argument("--temperature", type=number(1e-3, math.inf), default=2.0, metavar="T",
+                   help="of the distillation (default: 2)")
     g.add_argument("--teacher-weight", type=number(0, 1), default=0.5, metavar="A",
                    help="weight of the distillation term; the task loss gets 1 - A (default: 0.5)")
-    g.add_argument("--max-length", type=number(4, math.inf, int), default=128, metavar="T", help="longest input, in tokens (default: 128)")
+    g.add_argument("--max-length", type=number(4, math.inf, int), default=128, metavar="T",
+                   help="longest input, in tokens (default: 128)")
     g = p.add_argument_group("the machine")
     g.add_argument("--seed", type=number(0, 2**32 - 1, int), nargs="+", default=[0], metavar="S", help="of dropout, the order of "
                    "the examples and the mask of --method random; several make as many runs, and their mean (default: 0)")
@@ -238,7 +243,8 @@ def load(folder, args):
     tokenizer = data.load_tokenizer(folder)
     tokens, rows = tokenizer.get_vocab_size(), model.config.vocab_size
     if not rows - 128 < tokens <= rows:  # some models pad their embeddings to a round number
-        raise ValueError(f"{folder}: tokenizer.json or vocab.txt has {tokens} tokens, the embedding {rows} rows; they are not of one model")
+        raise ValueError(f"{folder}: tokenizer.json or vocab.txt has {tokens} tokens, the embedding {rows} rows; "
+                         "they are not of one model")
     if args.max_length > model.config.max_position_embeddings:
         raise ValueError(f"--max-length {args.max_length}: this model has {model.config.max_position_embeddings} positions")
     return model, tokenizer
@@ -321,7 +327,8 @@ class Run:
             folder = bert.find_pretrained(args.teacher)
             teacher, tokenizer = load(folder, args)
             if tokenizer.get_vocab() != self.tokenizer.get_vocab():
-                raise ValueError(f"--teacher {folder}: its vocabulary is not that of {self.base}; expected a teacher fine-tuned from that model")
+                raise ValueError(f"--teacher {folder}: its vocabulary is not that of {self.base}; "
+                                 "expected a teacher fine-tuned from that model")
             self.teacher_logits = torch.from_numpy(predict(teacher, self.train_set, self.label_ids, args)).to(args.device)
 
         # What is learned: the scores, the weights, both, or (a random mask) nothing
@@ -359,9 +366,12 @@ class Run:
 
     def task_gradient(self, batch):
         """One batch forwards and backwards, what the task asks for: returns the loss, a scalar tensor."""
-        logits = forward(self.model, batch, self.label_ids, self.args)  # each layer makes its mask and uses W' = W * M
-        teacher_logits = None if self.teacher_logits is None else self.teacher_logits[batch["index"].to(self.args.device)]
-        loss = smp.objective(logits, batch["labels"].to(self.args.device), teacher_logits, self.args.temperature, self.args.teacher_weight)
+        args, teacher_logits = self.args, None
+        if self.teacher_logits is not None:
+            teacher_logits = self.teacher_logits[batch["index"].to(args.device)]
+        logits = forward(self.model, batch, self.label_ids, args)       # each layer makes its mask and uses W' = W * M
+        labels = batch["labels"].to(args.device)
+        loss = smp.objective(logits, labels, teacher_logits, args.temperature, args.teacher_weight)
         loss.backward()                                                 # now scores.grad is dL/dW' * W
         return loss.detach()
 
@@ -393,7 +403,8 @@ class Run:
         masks = masks_of(self.layers)
         with smp.folded(self.layers, masks):
             metrics = evaluate(self.model, self.dev_sets, self.task, self.label_ids, args)
-        state["last"] = {"step": state["step"], "epoch": state["step"] / args.epoch_steps, "sparsity": sparsity_of(masks), "metrics": metrics}
+        state["last"] = {"step": state["step"], "epoch": state["step"] / args.epoch_steps,
+                         "sparsity": sparsity_of(masks), "metrics": metrics}
         # Before the target sparsity is reached, a mask is not yet what was asked for. (The threshold rule
         # has no target: for it this is only a date, and the best may be the densest.)
         if state["step"] >= args.ramp_steps and (not state["best"] or metrics["score"] > state["best"]["metrics"]["score"]):
@@ -415,7 +426,8 @@ class Run:
                 "settings": self.settings(), **self.state["best"]})
 
     def settings(self):
-        return {key: value for key, value in vars(self.args).items() if key not in ("overwrite", "resume", "debug", "checkpoint_every")}
+        return {key: value for key, value in vars(self.args).items()
+                if key not in ("overwrite", "resume", "debug", "checkpoint_every")}
 
     # A checkpoint holds all that the next step depends on, so that a run that was killed and
     # resumed ends as if nothing had happened, bit for bit.
@@ -444,7 +456,8 @@ class Run:
             os.replace(part, path)
         except (OSError, SafetensorError) as error:
             part.unlink(missing_ok=True)
-            raise OSError(f"{path}: cannot be written ({error}); the one before it, if any, is untouched: --resume goes on from there") from None
+            raise OSError(f"{path}: cannot be written ({error}); the one before it, if any, is untouched: "
+                          "--resume goes on from there") from None
 
     def resume(self, path):
         """Goes back to where a checkpoint was written. Raises ValueError for one that is damaged or
@@ -514,7 +527,7 @@ def train(args):
             state = run.state
             print(f"resuming    after step {state['step']} of {args.steps}")
         else:
-            for leftover in (checkpoint_path, out / "mask.safetensors", out / "model/model.safetensors"):  # of a run that is being done over
+            for leftover in (checkpoint_path, out / "mask.safetensors", out / "model/model.safetensors"):  # of a run done over
                 leftover.unlink(missing_ok=True)
         log = Log(log_path, state["logged"])
         if not state["logged"]:
@@ -523,6 +536,7 @@ def train(args):
 
         saved, cost = time.monotonic(), 0.0
         first, begun = state["step"], time.monotonic()
+        prunable_weights = sum(layer.weight.numel() for layer in run.layers.values())
         with tqdm(total=args.steps, initial=first, desc=args.method, dynamic_ncols=True, bar_format=BAR) as bar:
             for batch in batches_from(first, run.train_set, args):
                 try:
@@ -531,10 +545,10 @@ def train(args):
                     if step % 20 == 0 or step == args.steps:  # not always, since reading the loss waits for the device
                         if not math.isfinite(loss.item()):
                             raise FloatingPointError(f"the loss is {loss.item()}, the run has diverged")
-                        kept = sum(layer.n_keep for layer in run.layers.values()), sum(layer.weight.numel() for layer in run.layers.values())
-                        bar.set_postfix_str(f"loss {loss.item():.3f}  sparsity {1 - kept[0] / kept[1] if run.layers else 0:.3f}  "
-                                            f"lr {run.optimizer.param_groups[0]['lr']:.1e}  "
-                                            f"{(step - first) * args.batch_size / (time.monotonic() - begun):.0f} ex/s", refresh=False)
+                        pruned = sum(layer.weight.numel() - layer.n_keep for layer in run.layers.values())
+                        speed = (step - first) * args.batch_size / (time.monotonic() - begun)
+                        bar.set_postfix_str(f"loss {loss.item():.3f}  sparsity {pruned / max(prunable_weights, 1):.3f}  "
+                                            f"lr {run.optimizer.param_groups[0]['lr']:.1e}  {speed:.0f} ex/s", refresh=False)
                         bar.update(step - bar.n)
                     if step % args.eval_every == 0 or step == args.steps:
                         found = run.look()
@@ -580,7 +594,8 @@ def earlier_run(args):
         raise ValueError(f"--out {out}: its model/ is this run's own --model or --teacher; give another --out")
     held = [name for name in ("metrics.jsonl", "mask.safetensors", "model/model.safetensors") if (out / name).exists()]
     if held and not (args.overwrite or args.resume):
-        raise FileExistsError(f"{out}: holds a run already ({held[0]}); give --resume to go on with it, --overwrite to start over, or another --out")
+        raise FileExistsError(f"{out}: holds a run already ({held[0]}); give --resume to go on with it, "
+                              "--overwrite to start over, or another --out")
     lines = []
     if args.resume and log_path.exists():
         for line in log_path.read_text("utf-8", errors="replace").splitlines():
@@ -683,7 +698,8 @@ def new_bits(model, masks):
 
 def fingerprint(model):
     """SHA-256, in hex, of all the model's weights: it tells whether a mask was made for this model."""
-    return checksum("", {name: tensor.float().cpu() for name, tensor in model.state_dict().items() if not name.endswith(".scores")})
+    weights = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(".scores")}
+    return checksum("", {name: tensor.float().cpu() for name, tensor in weights.items()})
 
 
 def plain(model, masks, base):
@@ -719,8 +735,10 @@ def use_masks(given):
     for path in given.eval or given.predict:
         masks, about = smp.load_masks(path)
         known = isinstance(about, dict) and all(isinstance(about.get(key), str) for key in ("task", "base", "fingerprint"))
-        if not known or about["task"] not in data.TASKS or not {"max_length", "precision", "data"} <= set(about.get("settings") or ()):
-            raise ValueError(f"{path}: its metadata do not say for which task and weights it is; expected a mask that train.py wrote")
+        how = {"max_length", "precision", "data"}
+        if not known or about["task"] not in data.TASKS or not how <= set(about.get("settings") or ()):
+            raise ValueError(f"{path}: its metadata do not say for which task and weights it is; "
+                             "expected a mask that train.py wrote")
         if given.task not in (None, about["task"]):
             raise ValueError(f"{path}: a mask for {about['task']}; --task asks for {given.task}")
         if given.predict and about["task"] in tasks:
@@ -737,8 +755,9 @@ def use_masks(given):
         shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
         for name in {**shapes, **masks}:
             if name not in masks or shapes.get(name) != tuple(masks[name].shape):
-                raise ValueError(f"{path}: {name} is {tuple(masks[name].shape) if name in masks else 'not in it'}, in {base} it is "
-                                 f"{shapes.get(name, 'unknown')}; give the model it was made for, {about['base']}, as --model")
+                found = tuple(masks[name].shape) if name in masks else "not in it"
+                raise ValueError(f"{path}: {name} is {found}, in {base} it is {shapes.get(name, 'unknown')}; "
+                                 f"give the model it was made for, {about['base']}, as --model")
         if here != about["fingerprint"]:
             raise ValueError(f"{path}: made for other weights than those of {base} (SHA-256 {about['fingerprint'][:12]}..., "
                              f"here {here[:12]}...); give the model it was made for, {about['base']}, as --model")
@@ -746,7 +765,8 @@ def use_masks(given):
         with smp.folded(layers, masks):
             if args.predict:
                 for split, examples in encoded_splits(task, tokenizer, args, task.test).items():
-                    written.append(data.write_predictions(task, split, predict(model, examples, words, args), args.out or "predictions"))
+                    logits = predict(model, examples, words, args)
+                    written.append(data.write_predictions(task, split, logits, args.out or "predictions"))
                     print(f"{path} -> {written[-1]} ({len(examples):,} lines)")
             else:
                 results[path] = evaluate(model, encoded_splits(task, tokenizer, args, task.dev), task, words, args)
@@ -774,7 +794,8 @@ def introduce(run):
     weights = sum(p.numel() for p in run.model.parameters()) - scores
     trained = trained_weights(run.model)
     settings = " ".join(f"{key}={value}" for key, value in run.settings().items() if value is not None and value is not False)
-    print(textwrap.fill(f"settings    {settings}", 100, subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False))
+    print(textwrap.fill(f"settings    {settings}", 100, subsequent_indent=" " * 12,
+                        break_long_words=False, break_on_hyphens=False))
     print(f"example     {text} -> " + (f"{label:g}" if run.task.regression else f"{words[label]!r}"))
     print("head        label words: " + ("the MLM transform and their rows of the decoder" if run.model.mlm else
                                          "dot product of [CLS] and their embeddings (the model has no MLM head)"))
@@ -791,7 +812,8 @@ def density_table(masks):
     lines = ["kept, %  " + "".join(f"{t:>9}" for t in TYPES)]
     for layer in sorted({name.split(".")[1] for name in masks}, key=int):
         cells = [kept[f"layers.{layer}.{t}"] for t in TYPES]
-        lines.append(f"layer {layer:>2} " + "".join(f" {SHADES[math.ceil(c / top * (len(SHADES) - 1))] * 2}{100 * c:>6.1f}" for c in cells))
+        shades = [SHADES[math.ceil(cell / top * (len(SHADES) - 1))] for cell in cells]
+        lines.append(f"layer {layer:>2} " + "".join(f" {shade * 2}{100 * cell:>6.1f}" for shade, cell in zip(shades, cells)))
     of_type = [{name: mask for name, mask in masks.items() if name.endswith("." + t)} for t in TYPES]
     lines.append("all      " + "".join(f"{100 * (1 - sparsity_of(group)):>9.1f}" for group in of_type))
     return "\n".join(lines)
@@ -870,7 +892,8 @@ def compare(args, learned):
     base = bert.find_pretrained(args.model)
     model, tokenizer = load(base, args)
     label_ids = label_words(tokenizer, task, base, args)
-    ceiling = Path(args.data) / f"dense-{args.precision}-{fingerprint(model)[:8]}"  # the same for every mask: trained once and kept
+    # The same for every mask: trained once and kept.
+    ceiling = Path(args.data) / f"dense-{args.precision}-{fingerprint(model)[:8]}"
     dev = encoded_splits(task, tokenizer, args, task.dev)
 
     def accuracy():
@@ -886,8 +909,9 @@ def compare(args, learned):
             rows.append((kind, accuracy()))
     rows.append(("the learned mask", learned["metrics"]["accuracy"]))
     with contextlib.redirect_stdout(io.StringIO()):
-        dense = main(["--method", "finetune", "--epochs", "2", "--weight-lr", "5e-4", "--dropout", "0", "--device", args.device, "--precision",
-                      args.precision, "--max-length", str(args.max_length), "--data", args.data, "--model", str(base), "--out", str(ceiling), "--resume"])
+        dense = main(["--method", "finetune", "--epochs", "2", "--weight-lr", "5e-4", "--dropout", "0", "--resume",
+                      "--device", args.device, "--precision", args.precision, "--max-length", str(args.max_length),
+                      "--data", args.data, "--model", str(base), "--out", str(ceiling)])
     rows.append(("dense fine-tuning, every weight trained", dense["metrics"]["accuracy"]))
     print(f"\naccuracy on dev; the three masks remove {sparsity:.0%} of the weights and change none")
     for what, value in rows:
@@ -908,7 +932,8 @@ def benchmark(args, argv):
         if not args.model:
             data.write_random(folder, data.TASKS[args.task])
             layers, hidden, heads = SIZES[args.benchmark]
-            config = bert.Config(num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=heads, intermediate_size=4 * hidden)
+            config = bert.Config(num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=heads,
+                                 intermediate_size=4 * hidden)
             save_model(folder, bert.Bert(config), folder)
         dense = parse_args([*argv, "--method", "finetune", "--dropout", str(args.dropout)])  # all else is equal
         where = {"model": args.model or folder, "data": args.data or folder, "seed": args.seed[0]}
@@ -917,19 +942,23 @@ def benchmark(args, argv):
         run, dense = [Run(one) for one in both]
     weights, rounds = sum(layer.weight.numel() for layer in run.layers.values()), timed_rounds(run, dense)
     median = {key: float(np.median([r[key] for r in rounds])) for key in rounds[0]}
-    # A product of matrices takes 2 operations a weight and token forwards and 4 backwards; attention's two, of T by T by D a layer, too.
+    # A product of matrices takes 2 operations a weight and token forwards and 4 backwards; so do
+    # attention's two, each of T by T by D a layer.
     tokens, c = median.pop("tokens"), run.model.config
     operations = 6 * tokens * (weights + 2 * c.num_hidden_layers * c.hidden_size * tokens / args.batch_size)
     found = {"size": args.model or args.benchmark, "weights": weights, "tokens_a_batch": round(tokens)} | {
         key: vars(args)[key] for key in ("task", "method", "batch_size", "sparsity", "dropout", "precision", "device")} | {
         "threads": torch.get_num_threads(), "torch": torch.__version__, "pairs": len(rounds)} | median | {
-        "examples_per_s": 1e3 * args.batch_size / median["smp_ms"], "matmul_share": 1e3 * operations / median["smp_ms"] / matrix_rate(args),
+        "examples_per_s": 1e3 * args.batch_size / median["smp_ms"],
+        "matmul_share": 1e3 * operations / median["smp_ms"] / matrix_rate(args),
         "peak_mb": peaks[0], "dense_peak_mb": peaks[1]}
     chip = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else f"{found['threads']} threads"
-    print(f"{found['size']}, {weights:,} prunable weights; {args.task}: {args.batch_size} examples, {tokens:.0f} tokens a batch with padding;\n"
-          f"{args.method}, sparsity {args.sparsity:g}, dropout {args.dropout:g}, {args.precision} on {args.device} ({chip}), torch {torch.__version__}\n\n"
+    print(f"{found['size']}, {weights:,} prunable weights; {args.task}: {args.batch_size} examples, {tokens:.0f} tokens a batch "
+          f"with padding;\n{args.method}, sparsity {args.sparsity:g}, dropout {args.dropout:g}, {args.precision} on {args.device} "
+          f"({chip}), torch {torch.__version__}\n\n"
           f"  dense fine-tuning    {found['dense_ms']:9.1f} ms a step\n"
-          f"  {args.method:<20} {found['smp_ms']:9.1f} ms a step, {found['ratio']:.2f} of a dense one (medians of {len(rounds)} pairs)")
+          f"  {args.method:<20} {found['smp_ms']:9.1f} ms a step, {found['ratio']:.2f} of a dense one "
+          f"(medians of {len(rounds)} pairs)")
     for part in ("mask", "regularizer", "optimizer"):
         print(f"    {part:<18} {found[part + '_ms']:9.1f} ms, {found[part + '_ms'] / found['smp_ms']:.0%} of it")
     print(f"  {found['examples_per_s']:.0f} examples/s, {found['matmul_share']:.0%} of the device's matrix rate\n"
@@ -938,7 +967,8 @@ def benchmark(args, argv):
 
 
 def timed_rounds(run, dense):
-    """Pairs of steps on the same batch and parts of a step, as dicts of ms: 20, or as many as 100 s allow, at least 5, after two to warm up."""
+    """Pairs of steps on the same batch and the parts of a step, a dict of ms a pair. Two pairs to warm
+    up, then 20, or as many as 100 s allow, but at least 5."""
     args, rounds, begun = run.args, [], time.monotonic()
     scores = [layer.scores for layer in run.layers.values() if layer.scores.requires_grad]
     for batch in itertools.cycle(batches_from(0, run.train_set, args)):
@@ -963,7 +993,8 @@ def in_a_process_of_its_own(function, argument):
         try:
             return pool.submit(function, argument).result()
         except concurrent.futures.process.BrokenProcessPool:
-            raise OSError("the process that measures the memory was killed: too little of it? Give a smaller size or --batch-size") from None
+            raise OSError("the process that measures the memory was killed: too little of it? Give a smaller "
+                          "size or --batch-size") from None
 
 
 def settled_step(run, batch):
@@ -1007,8 +1038,8 @@ def matrix_rate(args):
 def run_seeds(args):
     """One run for each seed; returns the metrics of the one, or of several their mean and spread."""
     out = args.out or f"runs/{args.task}-{args.method}-{args.sparsity:g}"
-    each = [argparse.Namespace(**vars(args) | {"seed": seed, "out": out if args.out and len(args.seed) == 1 else f"{out}-s{seed}"})
-            for seed in args.seed]
+    alone = args.out and len(args.seed) == 1
+    each = [argparse.Namespace(**vars(args) | {"seed": seed, "out": out if alone else f"{out}-s{seed}"}) for seed in args.seed]
     for one in each:
         earlier_run(one)  # what is wrong with the last should not come to light after the first has run for hours
     runs = [train(one) for one in each]
@@ -1018,7 +1049,8 @@ def run_seeds(args):
     for which in ("best", "last"):
         for name in [name for name in runs[0][which]["metrics"] if name != "score"]:
             values = [run[which]["metrics"][name] for run in runs]
-            together |= {f"{which}_{name}": values, f"{which}_{name}_mean": float(np.mean(values)), f"{which}_{name}_std": float(np.std(values, ddof=1))}
+            together |= {f"{which}_{name}": values, f"{which}_{name}_mean": float(np.mean(values)),
+                         f"{which}_{name}_std": float(np.std(values, ddof=1))}
     print(f"\n{len(runs)} seeds, mean ± sample standard deviation")
     for key in [key.removesuffix("_mean") for key in together if key.endswith("_mean")]:
         print(f"  {key.replace('_', ' '):<16} {together[f'{key}_mean']:.4f} ± {together[f'{key}_std']:.4f}")
