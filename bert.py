@@ -41,7 +41,7 @@ class Config:
     intermediate_size: int = 3072        # F
     max_position_embeddings: int = 512
     type_vocab_size: int = 2
-    layer_norm_eps: float = 1e-12
+    layer_norm_eps: float = 1e-12        # not nn.LayerNorm's default, 1e-5
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
 
@@ -66,7 +66,8 @@ class Embeddings(nn.Module):
 class Layer(nn.Module):
     """One encoder layer: self-attention, then feed-forward; after each, dropout, the residual
     and a LayerNorm (post-norm, as in 2018). Its six matrices carry the names that the pruning
-    literature gives them: Q K V O of the attention, U (up) and D (down) of the feed-forward."""
+    literature gives them: Q K V O of the attention, U (up) and D (down) of the feed-forward. Its GELU
+    is the exact one, torch's default, not the approximation by tanh."""
 
     def __init__(self, c):
         super().__init__()
@@ -109,8 +110,8 @@ class MLMHead(nn.Module):
 class Bert(nn.Module):
     """A BERT of any size, weights drawn from a normal distribution, std 0.02.
 
-    With mlm_head=False (sentence encoders ship without one) the label words' logits are the plain
-    dot product of the [CLS] state with their embeddings."""
+    With mlm_head=False (sentence encoders such as MiniLM ship without one) the label words' logits
+    are the plain dot product of the [CLS] state with their embeddings."""
 
     def __init__(self, config, mlm_head=True):
         super().__init__()
@@ -126,8 +127,10 @@ class Bert(nn.Module):
 
     def forward(self, input_ids, attention_mask=None, token_type_ids=None):
         """Token ids (B, T), 1 for a token and 0 for padding (B, T), segment 0 or 1 (B, T) ->
-        last hidden states (B, T, D). Without an attention_mask every position counts, which
-        spares the attention its slower masked path; without segments all are 0."""
+        last hidden states (B, T, D). Padding stands behind the text, no token attends to it, and only
+        [CLS] is read in the end: a sentence's logits do not depend on it, but for rounding. Without an
+        attention_mask every position counts, which spares the attention its slower masked path;
+        without segments all are 0."""
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
         if attention_mask is not None:
@@ -274,7 +277,8 @@ def load_pretrained(folder):
     Takes names with and without the `bert.` prefix, LayerNorm as gamma/beta or weight/bias, the
     decoder stored or tied, the MLM head there or not. Raises FileNotFoundError for a missing file
     and ValueError naming the tensor for one that is missing, surplus, of the wrong shape, not of
-    floating point or not finite."""
+    floating point or not finite. (A lenient load would leave a tensor of another name at random, and
+    since no weight is ever trained, nothing would mend it: the run would just score badly.)"""
     folder = Path(folder)
     config_path, path = folder / "config.json", folder / "model.safetensors"
     for needed in (config_path, path):

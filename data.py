@@ -39,7 +39,7 @@ class Task:
     metrics: tuple
     dev: tuple = ("dev",)            # names of the dev files
     test: tuple = ("test",)
-    columns: tuple = ()              # of train and dev where the file has no header line
+    columns: tuple = ()              # of train and dev where these have no header line (CoLA, whose test file has one)
     archive: str = ""                # its zip below GLUE_URL/glue/data/
     skip_short_lines: bool = False   # QQP's official train file has a few
     lengths: tuple = ()              # of train's examples, in tokens: shortest, nine deciles, longest (for benchmarks)
@@ -64,6 +64,7 @@ TASKS = {
                  archive="STS-B", lengths=(10, 16, 18, 19, 21, 23, 25, 28, 35, 51, 125)),
     "qqp": Task("QQP", ("question1", "question2"), "is_duplicate", ("0", "1"), ("No", "Yes"), ("accuracy", "f1"),
                 archive="QQP-clean", skip_short_lines=True),
+    # The annotators' own labels, label1 to label5 or only label1, stand before the gold one.
     "mnli": Task("MNLI", ("sentence1", "sentence2"), "gold_label", ("entailment", "neutral", "contradiction"),
                  ("Yes", "Maybe", "No"), ("accuracy",), archive="MNLI",
                  dev=("dev_matched", "dev_mismatched"), test=("test_matched", "test_mismatched")),
@@ -82,13 +83,14 @@ def read_split(task, data_dir, split, limit=None):
     float32 array (N,) for a regression, else int64 class numbers (N,); None for a test split.
 
     `split` is "train" or a name from task.dev or task.test; `limit` keeps the first so many lines.
-    GLUE quotes nothing, so a lone " is text, and only a tab or a line feed ever separates. Raises
-    ValueError with file and line for what cannot be read."""
+    GLUE quotes nothing, so a lone " is text (csv.reader would silently lose 97 lines of MRPC's train),
+    and only a tab or a line feed ever separates. Columns are found by name. A last line without a
+    line feed (CoLA's dev) is a line. Raises ValueError with file and line for what cannot be read."""
     path = Path(data_dir) / task.folder / f"{split}.tsv"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected the GLUE folder {task.folder} there (see --data)")
     try:
-        text = path.read_bytes().decode("utf-8-sig")  # some files start with a byte order mark
+        text = path.read_bytes().decode("utf-8-sig")  # MRPC's start with a byte order mark
     except UnicodeDecodeError as error:
         line = error.object[:error.start].count(b"\n") + 1
         raise ValueError(f"{path}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
@@ -175,7 +177,8 @@ def load_tokenizer(folder):
 
 
 def label_ids(tokenizer, words):
-    """The token id of each label word (C,). Raises ValueError for one that is not a single token."""
+    """The token id of each label word (C,), lower-cased where the vocabulary is: looked up as they stand,
+    Yes, Maybe and No would all be [UNK]. Raises ValueError for one that is not a single token."""
     ids = [tokenizer.encode(word, add_special_tokens=False).ids for word in words]
     for word, found in zip(words, ids):
         if len(found) != 1 or found[0] == tokenizer.token_to_id("[UNK]"):

@@ -12,11 +12,11 @@ and the backward pass treats the mask as if it were the score itself (straight-t
 
 dL/dW' is the output's gradient times the input; the mask is not in it, so a pruned weight hears it too.
 
-Gradient descent on S thus adds up -dL/dW' * W over the steps (Eq. 3, the "movement" of a weight
-whose value never moves): a score rises while the loss wants that weight present. W, the biases,
-the LayerNorms, the embeddings and the head stay as they were pre-trained. Learning the scores is
-all the learning there is, and what a task adds to the model is one bit a weight: 10.6 MB for the
-84,934,656 prunable weights of BERT-base. (Nothing gets faster: a zero is multiplied like any number.)
+Descent on S thus adds up -dL/dW' * W (Eq. 3; Adam rescales it), the "movement" of a weight that never moves: its
+score rises while descent, if it were let, would drive it away from zero, and falls while it would drive it to zero.
+(|W| could not be the score: it never changes, and neither would the mask.) W, the biases, the LayerNorms, the embeddings
+and the head stay as they were pre-trained. Learning the scores is all the learning there is, and a task adds one bit a
+weight: 10.6 MB for the 84,934,656 prunable ones of BERT-base. Nothing gets faster: a zero is multiplied like any number.
 
 Read on in the order in which a step needs it:
 
@@ -51,7 +51,8 @@ from torch import nn
 class StraightThrough(torch.autograd.Function):
     """The mask forwards, the identity backwards: whatever gradient reaches the mask is handed to the scores, bit for
     bit. The true derivative of a step function is 0 almost everywhere and would teach nothing; this stand-in asks "what if
-    this entry were a little more present?", and can ask it of pruned entries too, which is how a pruned weight comes back."""
+    this entry were a little more present?", and asks it of pruned entries too, which is how a pruned weight comes back: a
+    gradient times the mask would make pruning final. (Only a weight of exactly 0 never hears from the task.)"""
 
     @staticmethod
     def forward(ctx, scores, mask):
@@ -108,7 +109,7 @@ def _kth_largest(flat, k):
     A sample, every 127th value (a prime: a rounder stride would see but a few columns of a matrix),
     says about where it lies: between the sample values 3 standard errors of a rank to either side.
     Counting what lies above and inside proves it, and from the few inside the answer is selected.
-    A bracket that missed costs time, never truth."""
+    A bracket that missed costs time, never truth: kthvalue over all of them says the same, only later."""
     n, above = len(flat), 0
     if n > 16384 and n % 8 == 0:
         sample = flat[::127].contiguous()
@@ -147,12 +148,12 @@ def keep_counts(scores, sparsity, rule, tau=0.1):
 
     The type of a matrix is the last part of its name: `layers.3.Q` is a Q. SMP-S compares the L matrices of one type, and l gets
 
-        k_l = k * L * R(S_l) / sum_j R(S_j),     k = 1 - sparsity,  R(S) = mean of sigmoid(S)   (Eq. 4)
+        k_l = k * L * R(S_l) / sum_j R(S_j),     k = 1 - sparsity,  R(S) = mean of sigmoid(S)    (Eq. 4; its v is k)
 
-    (where sizes differ within a type, in proportion to n_l R(S_l); the paper writes v for what is kept here, and in Eq. 5 for what
-    is removed). Eq. 4 can ask for more than a matrix has. The original code lets it, and misses its target; here such a matrix
-    is kept whole and the others of its type share the rest. Raises ValueError for an unknown rule or a sparsity outside
-    [0, 1]; smp-s and global raise FloatingPointError for nan in scores, the others leave that to topk_mask."""
+    of its weights: more than there are where R(S_l) is over 1/k times the mean, which happens early on the ramp of every run,
+    k being near 1 there. The original code then keeps too little in all; here such a matrix is kept whole and the others of
+    its type share the rest. (Where sizes differ within a type, shares go by n_l R(S_l).) Raises ValueError for an unknown
+    rule or a sparsity outside [0, 1]; smp-s, global: FloatingPointError for nan in scores (else topk_mask raises it)."""
     if rule not in RULES:
         raise ValueError(f"rule is {rule!r}; expected one of {', '.join(RULES)}")
     if not 0 <= sparsity <= 1:
@@ -178,7 +179,7 @@ def keep_counts(scores, sparsity, rule, tau=0.1):
         to_share = (1 - sparsity) * sum(size[name] for name in peers)
         while peers:
             scale = to_share / math.fsum(size[name] * R[name] for name in peers)  # fsum: the same in any order of layers
-            full = [name for name in peers if scale * R[name] > 1]
+            full = [name for name in peers if scale * R[name] > 1]  # kept whole; the others share again
             quota |= {name: min(1, scale * R[name]) * size[name] for name in full or peers}
             to_share -= sum(size[name] for name in full)
             peers = [name for name in peers if name not in full] if full else []
@@ -194,8 +195,8 @@ def keep_counts(scores, sparsity, rule, tau=0.1):
 
 def importance(scores):
     """R(S) of one matrix: the mean of sigmoid(S), in (0, 1), a scalar tensor. The paper writes a sum, which would pull n times
-    as hard (589,824 times for a Q of BERT-base); its lambda = 400 is on the scale of the mean, which its code takes. (That
-    code also divides S by 4 inside the sigmoid to keep 70 or 80 %, unsaid in the paper, by 3 for MNLI at 50 %; not done here.)"""
+    as hard (589,824 times for a Q of BERT-base); its lambda = 400 is on the scale of the mean, which its code takes. (Unsaid
+    in the paper, that code divides S by 4 to keep 70 or 80 %, by 3 for MNLI at 50 %: it evens out R where Eq. 4 overflows.)"""
     return torch.sigmoid(scores).mean(dtype=torch.promote_types(scores.dtype, torch.float32))
 
 
@@ -207,9 +208,9 @@ def sparsity_at(step, ramp_steps, target):
         v_t = v_f - v_f (1 - t/N)^3   for t < N,   then v_f
 
     Fast at first, while there is plenty to drop, slow near the end. With 0 ramp_steps the target holds from step 0 on. After N
-    the number of kept weights is fixed, but not which ones. (The N of Eq. 5 is no number of weights.) N is, in the paper,
-    7 epochs where over 70 % is kept, else 3,500 steps; in its code 3,500 or 5,250 steps where over 70 % is kept, else the
-    whole run but 30,000 steps, negative on every small task; in train.py a fraction of the run, which fits any length.
+    the number of kept weights is fixed, but not which ones. To keep 50 % or less, N is 3,500 in the paper, and the steps of
+    the run minus 30,000 in its code: -23,100 on MRPC, where it crashes. In train.py it is a fraction of the run, whatever its
+    length, so that the target is always reached. (Above 70 % kept the paper takes 7 epochs, its code 3,500 or 5,250 steps.)
         sparsity_at(0, 100, 0.9) -> 0     sparsity_at(50, 100, 0.9) -> 0.7875     sparsity_at(100, 100, 0.9) -> 0.9"""
     if step >= ramp_steps:
         return target
@@ -219,10 +220,10 @@ def sparsity_at(step, ramp_steps, target):
 def regularizer(scores):
     """The mean of R(S) over a list of score matrices, a scalar in (0, 1).
 
-    Its gradient, sigmoid'(S) / (n times the number of matrices), pulls every score down. At high sparsity nearly all are
-    below 0, where sigmoid' grows with S: what is kept is pulled harder than what is pruned, so the mask keeps moving, and
-    only a weight that the task keeps asking for stays. In the paper, MNLI at 3 % kept falls from 80.6 to 69.2 without it.
-    (As a mean of means it pulls the scores of a small matrix harder: in BERT those of Q four times as hard as those of U.)"""
+    Its gradient, sigmoid'(S) / (n times the number of matrices), pulls every score down. Soon nearly all are below 0, from
+    whatever start, and there sigmoid' grows with S: what is kept is pulled harder than what is pruned (twice as hard, in the
+    middle of a run to 90 %), so the mask keeps moving, and only a weight that the task keeps asking for stays. In the paper,
+    MNLI at 3 % kept falls from 80.6 to 69.2 without it. (A mean of means: a Q is pulled four times as hard as a U.)"""
     return sum(importance(s) for s in scores) / len(scores)
 
 
@@ -275,15 +276,16 @@ def balanced_lambda(scores, pull=1.0):
 
         lambda = pull * 4 N rms(g)
 
-    so that scores at 0, where sigmoid' = 1/4, are on average pulled down `pull` times as hard as the
-    task pushes a typical score about. train.py takes it at the first batch (a regression's first gradients only find its
-    mean: there the smallest of the first twentieth of the steps), and lets it grow from 0 to full strength.
+    so that scores at 0, where sigmoid' = 1/4, are on average pulled down `pull` times as hard as the task pushes a typical
+    score about. train.py takes it at the first batch (a regression's first gradients only find its mean: there the smallest
+    of the first twentieth of the steps), and lets it grow from 0 to full strength.
 
-    Adam rescales every gradient to about size 1. With the task alone, every score would move at one speed, signal or noise.
-    A common pull as large as the noise dominates Adam's divisor, so that a score moves in proportion to its task gradient.
-    The paper's 400 was chosen for BERT-base and fits no other size: this gives 1,200 to 1,300 for a BERT of 10.6M prunable
-    weights (SST-2, MRPC), 18 for the demo's 1.6M. (At 470, MRPC stayed at the majority class for the three epochs watched.
-    Taken anew at every step it grows fivefold as masks get sparse, and the masks are worse.)"""
+    Why a pull at all, beside what `regularizer` says: Adam rescales every gradient to about size 1, so that with the task
+    alone each score would move at one speed, signal or noise. A common pull as large as the noise dominates Adam's divisor,
+    and a score moves in proportion to its task gradient. The paper's 400 was chosen for BERT-base and fits no other size: a
+    pull of 1 is a lambda of 1,200 to 1,300 for a BERT of 10.6M weights (SST-2, MRPC), of 18 for the demo's 1.6M. With 470,
+    MRPC was still at the majority class after three epochs; taken anew at every step, it grows fivefold as masks get sparse,
+    and the masks are worse."""
     n = sum(s.numel() for s in scores)
     return 4 * pull * math.sqrt(n) * nn.utils.get_total_norm([s.grad for s in scores]).item()
 
@@ -371,16 +373,14 @@ def save_masks(path, masks, metadata):
         symbols[ends - 1] = gaps % 255
         coder = zlib.compressobj(9, strategy=zlib.Z_HUFFMAN_ONLY)
         packed[name] = np.frombuffer(coder.compress(symbols.tobytes()) + coder.flush(), np.uint8)
-    shapes = {name: list(mask.shape) for name, mask in masks.items()}
-    header = {"shapes": shapes, "inverted": inverted, "metadata": metadata}
+    header = {"shapes": {name: list(mask.shape) for name, mask in masks.items()}, "inverted": inverted, "metadata": metadata}
     header = {"format": "smp-mask-2"} | {key: json.dumps(value) for key, value in header.items()}
     save_file(packed, f"{path}.part", metadata=header)
     os.replace(f"{path}.part", path)
 
 
 def load_masks(path):
-    """The reverse of save_masks: a path -> ({name: bool mask}, metadata). Raises ValueError for a
-    file that is not a whole mask file."""
+    """The reverse of save_masks: a path -> ({name: bool mask}, metadata). Raises ValueError for what is no whole mask file."""
     try:
         with safe_open(path, "np") as file:
             header = file.metadata() or {}
