@@ -950,6 +950,18 @@ def test_the_threshold_rule_counts_what_it_reached(world, capsys):
     assert 0 < reached < 1 and metadata["sparsity"] == pytest.approx(reached)
 
 
+def test_bfloat16_is_for_the_encoders_products_alone(world, monkeypatch):
+    products, logits, gradients = set(), [], set()
+    layer, label_logits, add = bert.Layer.forward, bert.Bert.label_logits, smp.add_regularizer_gradient
+    monkeypatch.setattr(bert.Layer, "forward", lambda self, x, mask: products.add(self.Q(x).dtype) or layer(self, x, mask))
+    monkeypatch.setattr(bert.Bert, "label_logits", lambda *inputs: logits.append(label_logits(*inputs)) or logits[-1])
+    monkeypatch.setattr(smp, "add_regularizer_gradient", lambda scores, strength:
+                        gradients.update((s.dtype, s.grad.dtype) for s in scores) or add(scores, strength))
+    assert world("--precision", "bf16")["frozen_unchanged"] is True
+    assert products == {torch.bfloat16} and gradients == {(torch.float32, torch.float32)}
+    assert all(x.dtype == torch.float32 and not torch.equal(x, x.bfloat16().float()) for x in logits)  # nor rounded before
+
+
 def test_two_runs_are_equal_and_another_seed_is_not(world):
     world(out="a"), world(out="b")                                          # with dropout
     world("--dropout", "0", out="c"), world("--dropout", "0", "--seed", "1", out="d")
