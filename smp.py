@@ -89,17 +89,8 @@ def _topk(flat, n_keep):
         return torch.full_like(flat, bool(n_keep))
     threshold, at_least = _kth_largest(flat, n_keep)
     mask = torch.ge(flat, threshold, out=torch.empty_like(flat))  # written as 0.0 and 1.0 at once
-    surplus = at_least - n_keep
-    if surplus:  # the last ties must go: find the first of them, halving the stretch it is in
-        ties, start, end = flat == threshold, 0, len(flat)
-        while end - start > 1:
-            middle = (start + end) // 2
-            behind = int(ties[middle:end].count_nonzero())
-            if behind >= surplus:
-                start = middle
-            else:
-                end, surplus = middle, surplus - behind
-        torch.gt(flat[start:], threshold, out=mask[start:])
+    if surplus := at_least - n_keep:  # the last ties must go
+        mask[(flat == threshold).nonzero()[-surplus:, 0]] = 0
     return mask
 
 
@@ -148,12 +139,13 @@ def keep_counts(scores, sparsity, rule, tau=0.1):
 
     The type of a matrix is the last part of its name: `layers.3.Q` is a Q. SMP-S compares the L matrices of one type, and l gets
 
-        k_l = k * L * R(S_l) / sum_j R(S_j),     k = 1 - sparsity,  R(S) = mean of sigmoid(S)    (Eq. 4; its v is k)
+        k_l = k * L * R(S_l) / sum_j R(S_j),     k = 1 - sparsity,  R(S) = mean of sigmoid(S)    (Eq. 4)
 
-    of its weights: more than there are where R(S_l) is over 1/k times the mean, which happens early on the ramp of every run,
-    k being near 1 there. The original code then keeps too little in all; here such a matrix is kept whole and the others of
-    its type share the rest. (Where sizes differ within a type, shares go by n_l R(S_l).) Raises ValueError for an unknown
-    rule or a sparsity outside [0, 1]; smp-s, global: FloatingPointError for nan in scores (else topk_mask raises it)."""
+    of its weights (the paper writes v for k here, and in Eq. 5 for the sparsity). That is more than there are where R(S_l) is
+    over 1/k times the mean, which happens early on the ramp of every run, k being near 1 there. The original code then keeps
+    too little in all; here such a matrix is kept whole and the others of its type share the rest. (Where sizes differ within
+    a type, shares go by n_l R(S_l).) Raises ValueError for an unknown rule or a sparsity outside [0, 1]; smp-s and global
+    raise FloatingPointError for nan in scores, the others leave that to topk_mask."""
     if rule not in RULES:
         raise ValueError(f"rule is {rule!r}; expected one of {', '.join(RULES)}")
     if not 0 <= sparsity <= 1:
@@ -196,21 +188,23 @@ def keep_counts(scores, sparsity, rule, tau=0.1):
 def importance(scores):
     """R(S) of one matrix: the mean of sigmoid(S), in (0, 1), a scalar tensor. The paper writes a sum, which would pull n times
     as hard (589,824 times for a Q of BERT-base); its lambda = 400 is on the scale of the mean, which its code takes. (Unsaid
-    in the paper, that code divides S by 4 to keep 70 or 80 %, by 3 for MNLI at 50 %: it evens out R where Eq. 4 overflows.)"""
+    in the paper, that code also divides S by 4 where 70 or 80 % are kept, and by 3 for MNLI at 50 %. It brings the R of the
+    matrices closer together, so that Eq. 4 less often asks for more than all. With shares that are capped it is not needed.)"""
     return torch.sigmoid(scores).mean(dtype=torch.promote_types(scores.dtype, torch.float32))
 
 
 # ---- Schedule and objective (Eq. 5, 6, 7) ---------------------------------------------------
 
 def sparsity_at(step, ramp_steps, target):
-    """The sparsity v_t at a step, v_f being the target and N ramp_steps (Eq. 5):
+    """The sparsity v_t at a step, v_f being the target and N, here only, the number of ramp_steps (Eq. 5):
 
         v_t = v_f - v_f (1 - t/N)^3   for t < N,   then v_f
 
     Fast at first, while there is plenty to drop, slow near the end. With 0 ramp_steps the target holds from step 0 on. After N
-    the number of kept weights is fixed, but not which ones. To keep 50 % or less, N is 3,500 in the paper, and the steps of
-    the run minus 30,000 in its code: -23,100 on MRPC, where it crashes. In train.py it is a fraction of the run, whatever its
-    length, so that the target is always reached. (Above 70 % kept the paper takes 7 epochs, its code 3,500 or 5,250 steps.)
+    the number of kept weights is fixed, but not which ones. To keep 50 % or less, N is 3,500 in the paper; in its code it is
+    the run's steps minus 30,000, negative on small tasks (MRPC: 6,900 - 30,000), where it crashes. In train.py it is a
+    fraction of the run, whatever its length, so that the target is always reached. (To keep over 70 %, the paper takes 7
+    epochs, its code 3,500 or 5,250 steps.)
         sparsity_at(0, 100, 0.9) -> 0     sparsity_at(50, 100, 0.9) -> 0.7875     sparsity_at(100, 100, 0.9) -> 0.9"""
     if step >= ramp_steps:
         return target
@@ -283,9 +277,8 @@ def balanced_lambda(scores, pull=1.0):
     Why a pull at all, beside what `regularizer` says: Adam rescales every gradient to about size 1, so that with the task
     alone each score would move at one speed, signal or noise. A common pull as large as the noise dominates Adam's divisor,
     and a score moves in proportion to its task gradient. The paper's 400 was chosen for BERT-base and fits no other size: a
-    pull of 1 is a lambda of 1,200 to 1,300 for a BERT of 10.6M weights (SST-2, MRPC), of 18 for the demo's 1.6M. With 470,
-    MRPC was still at the majority class after three epochs; taken anew at every step, it grows fivefold as masks get sparse,
-    and the masks are worse."""
+    pull of 1 is a lambda of 1,100 to 1,400 for a BERT of 10.6M weights (SST-2, MRPC, CoLA, STS-B), of 18 for the demo's 1.6M.
+    (Taken anew at every step it would grow with the gradients, fivefold as masks get sparse; so it is taken once.)"""
     n = sum(s.numel() for s in scores)
     return 4 * pull * math.sqrt(n) * nn.utils.get_total_norm([s.grad for s in scores]).item()
 
@@ -363,8 +356,8 @@ def folded(layers, masks):
 def save_masks(path, masks, metadata):
     """Writes {name: mask} to a safetensors file with `metadata` (anything JSON can hold) in its header. For each kept weight
     a byte says how many pruned ones lie since the last (255: add 255 and read on), so 0 0 1 1 becomes 2 0; zlib Huffman-codes
-    the bytes. Where most weights are kept, the gaps are those between the pruned. That comes within 2 % of the entropy: 0.48
-    bits a weight where one in ten is kept. The file appears whole or not at all."""
+    the bytes. Where most weights are kept, the gaps are those between the pruned. That comes within 3 % of the entropy, from 3 to
+    97 % kept: 0.48 bits a weight where one in ten is kept, and 0.2 where 3 % are. The file appears whole or not at all."""
     packed, inverted = {}, [name for name, mask in masks.items() if 2 * mask.count_nonzero() > mask.numel()]
     for name, mask in masks.items():
         gaps = np.diff(np.flatnonzero(mask.detach().cpu().numpy() != (name in inverted)), prepend=-1) - 1

@@ -126,7 +126,8 @@ def parse_args(argv):
     g.add_argument("--lr", type=nonnegative, default=2e-2, metavar="LR",
                    help="learning rate of the scores; it falls linearly to 0 (default: 2e-2, the paper's)")
     g.add_argument("--weight-lr", type=nonnegative, default=3e-5, metavar="LR",
-                   help="the same for weights, where the method trains them (default: 3e-5)")
+                   help="learning rate of the weights, where the method trains them: a tenth of the steps to warm up, then "
+                   "linearly to 0 (default: 3e-5)")
     strength = g.add_mutually_exclusive_group()
     strength.add_argument("--pull", type=nonnegative, metavar="P", help="strength of the sparsity regulariser in "
                           "units of the task's gradient at the first batch (a regression: the smallest of the first twentieth "
@@ -141,7 +142,7 @@ def parse_args(argv):
     g.add_argument("--paper", action="store_true", help="the published start, regulariser, dropout and batches: --init zero "
                    "--lambda 400 --dropout 0.1, batches never below 32")
     g.add_argument("--tau", type=number(0, 1), default=0.1, metavar="T",
-                   help="for --method threshold: keep where sigmoid(S) > T (default: 0.1)")
+                   help="for --method threshold and soft-movement: keep where sigmoid(S) > T (default: 0.1)")
     g.add_argument("--temperature", type=number(1e-3, math.inf), default=2.0, metavar="T",
                    help="of the distillation (default: 2)")
     g.add_argument("--teacher-weight", type=number(0, 1), default=0.5, metavar="A",
@@ -385,8 +386,8 @@ class Run:
             # Set at the first batch. A regression's first gradients only find its mean: there the smallest so far counts.
             if args.lam is None and step <= (args.steps // 20 if self.task.regression else 0):
                 self.state["lam"] = min(self.state["lam"] or math.inf, smp.balanced_lambda(scores, args.pull))
-            # The paper ramps lambda with the sparsity, v_t / v_f; its code by the same cubic over the whole run, 1 - (1 - t/T)^3,
-            # as here. Which of them is better was not tested.
+            # The paper ramps lambda with the sparsity, v_t / v_f; its code, and this, by the same cubic
+            # over the whole run, 1 - (1 - t/T)^3.
             ramp = smp.sparsity_at(step, args.steps, 1.0)
             smp.add_regularizer_gradient(scores, self.state["lam"] * ramp)
         for group in self.optimizer.param_groups:
@@ -916,8 +917,8 @@ def compare(args, learned):
     print(f"\naccuracy on dev; the three masks remove {sparsity:.0%} of the weights and change none")
     for what, value in rows:
         print(f"  {what:<40} {value:.3f}  {'█' * round(30 * value)}")
-    random, magnitude, learned = (value for what, value in rows if "mask" in what)
-    if learned > max(random, magnitude):
+    value = dict(rows)
+    if value["the learned mask"] > max(value["a random mask"], value["a magnitude mask: the largest weights"]):
         print("\nThe frozen weights already hold a classifier; it is hidden among the others. Neither chance nor\n"
               "size finds it. Asking the task of each weight \"stay or go?\", and nothing else, does.")
 

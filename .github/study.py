@@ -1,4 +1,4 @@
-"""Draws the README's plot and prints its table: python .github/study.py FOLDER_OF_RUNS (needs matplotlib)."""
+"""Draws the README's plot and prints the numbers in it: python .github/study.py FOLDER_OF_RUNS (needs matplotlib)."""
 
 import json
 import sys
@@ -13,16 +13,17 @@ matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
 from matplotlib import pyplot as plt  # noqa: E402
 
 NAMES = {"sst2": ("SST-2, 8,000 sentences", "accuracy"), "mrpc": ("MRPC", "accuracy")}
-LOOK = {"smp-s": ("#7a3fb0", "o"), "smp-s, distilled": ("#c58be8", "D"), "smp-l": ("#2f7fb8", "s"), "movement": ("#d07c1f", "^"),
-        "magnitude": ("#5f5f58", "v"), "threshold": ("#b03a3a", "x"), "smp-s, published recipe": ("#7a3fb0", "*"),
-        "movement, published recipe": ("#d07c1f", "*")}
+LIMIT = {"sst2": 8000}
+LOOK = {"smp-s": ("#7a3fb0", "o"), "smp-s, taught by teacher": ("#c58be8", "D"), "smp-l": ("#2f7fb8", "s"), "movement": ("#d07c1f", "^"),
+        "magnitude": ("#5f5f58", "v"), "threshold": ("#b03a3a", "x")}
 
 values = defaultdict(list)  # (task, method, percent kept) -> the metric of each seed
 for path in sorted(Path(sys.argv[1]).glob("*/metrics.jsonl")):
     lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     first, last = lines[0], lines[-1]
-    if last["event"] == "final" and first["task"] in NAMES:
-        method = first["method"] + (", distilled" if first["teacher"] else ", published recipe" if first["init"] == "zero" else "")
+    if last["event"] == "final" and first["task"] in NAMES and first["limit"] == LIMIT.get(first["task"]):
+        taught = f", taught by {Path(first['teacher']).parent.name}" if first["teacher"] else ""
+        method = first["method"] + (taught or (", zero start" if first["init"] == "zero" else ""))
         kept = 100 * last["kept"] / last["total"] if "kept" in last else 100.0
         values[first["task"], method, round(kept, 1)].append(last["last"]["metrics"][NAMES[first["task"]][1]])
 
