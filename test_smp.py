@@ -1184,6 +1184,21 @@ def test_switching_tasks_is_switching_masks():
     assert torch.equal(seen[0], seen[2]) and not torch.equal(seen[0], seen[1])
 
 
+def test_the_program_in_the_readme_gives_the_evaluations_logits(world, monkeypatch):
+    world(out="runs/mrpc-smp-s-0.9-s0")
+    monkeypatch.chdir(world.folder)
+    logits = []
+    monkeypatch.setattr(train, "forward", lambda *inputs, given=train.forward: logits.append((inputs[1], given(*inputs))) or logits[-1][1])
+    train.main(["--eval", "runs/mrpc-smp-s-0.9-s0/mask.safetensors", "--device", "cpu"])
+    batch, evaluated = logits[0]
+    names = {key: batch[key] for key in ("input_ids", "attention_mask", "token_type_ids")} | {
+        "bert": bert, "data": data, "smp": smp, "train": train}
+    readme = (HERE / "README.md").read_text("utf-8")
+    with torch.inference_mode():
+        exec(readme.split("```python\n")[1].split("```")[0], names)
+    torch.testing.assert_close(names["logits"], evaluated)
+
+
 # ---- runs that are killed
 
 def command(world, *flags, out="run"):
