@@ -89,8 +89,13 @@ def _topk(flat, n_keep):
         return torch.full_like(flat, bool(n_keep))
     threshold, at_least = _kth_largest(flat, n_keep)
     mask = torch.ge(flat, threshold, out=torch.empty_like(flat))  # written as 0.0 and 1.0 at once
-    if surplus := at_least - n_keep:  # the last ties must go
-        mask[(flat == threshold).nonzero()[-surplus:, 0]] = 0
+    if surplus := at_least - n_keep:  # the last ties must go: find the first of them, halving the stretch it is in
+        ties, start, end = flat == threshold, 0, len(flat)
+        while end - start > 1:
+            middle = (start + end) // 2
+            behind = int(ties[middle:end].count_nonzero())
+            start, end, surplus = (middle, end, surplus) if behind >= surplus else (start, middle, surplus - behind)
+        torch.gt(flat[start:], threshold, out=mask[start:])
     return mask
 
 
