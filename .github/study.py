@@ -24,11 +24,11 @@ for path in sorted(Path(sys.argv[1]).glob("*/metrics.jsonl")):
     if last["event"] == "final" and first["task"] in NAMES and first["limit"] == LIMIT.get(first["task"]):
         taught = f", taught by {Path(first['teacher']).parent.name}" if first["teacher"] else ""
         method = first["method"] + (taught or (", zero start" if first["init"] == "zero" else ""))
-        kept = 100 * last["kept"] / last["total"] if "kept" in last else 100.0
+        kept = 100 * (1 - last["last"]["sparsity"])
         values[first["task"], method, round(kept, 1)].append(last["last"]["metrics"][NAMES[first["task"]][1]])
 
-tasks = [task for task in NAMES if any(key[0] == task for key in values)]
-figure, axes = plt.subplots(1, len(tasks), figsize=(5.2 * len(tasks), 3.8), squeeze=False)
+tasks = [task for task in NAMES if len({kept for t, _, kept in values if t == task}) > 2]  # two points make no curve
+figure, axes = plt.subplots(1, len(tasks), figsize=(6.4 * len(tasks), 4), squeeze=False)
 for task, ax in zip(tasks, axes[0]):
     for method, (colour, marker) in LOOK.items():
         points = sorted((kept, v) for (t, m, kept), v in values.items() if (t, m) == (task, method))
