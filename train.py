@@ -3,7 +3,19 @@
     python train.py --task mrpc --sparsity 0.9
 
 reads top to bottom: the flags, the parts of a run, one run with its loop over steps, masks at work,
-the report, the demo. The method itself is in smp.py, the network in bert.py, GLUE in data.py.
+the report, the demo, the benchmark. The method itself is in smp.py, the network in bert.py, GLUE in data.py.
+
+Where all this departs from the paper, and where the reason stands:
+
+    exactly as many kept as asked for, also among ties and where Eq. 4 overflows     smp.topk_mask, smp.keep_counts
+    R(S) a mean, not a sum; N a fraction of the run                                  smp.importance, smp.sparsity_at
+    lambda measured on the task's gradients, and ramped over the whole run           smp.balanced_lambda, Run.train_step
+    scores start from |W|, not from zero                                             smp.initial_scores
+    the divergence of distillation the other way round, with T^2                     smp.distillation_loss
+    the MLM head's transform; batches padded to their longest, not to 128            bert.py, data.batches
+    AdamW without decay; dropout and batch by sparsity                               Run, parse_args, resolve_sizes
+
+--paper takes back the start, lambda, dropout and batch.
 """
 
 import argparse
