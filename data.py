@@ -140,6 +140,7 @@ def _parse_label(task, string, path, number):
 
 # ---- Tokens and batches ---------------------------------------------------------------------
 
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "tokenizer_config.json")
 
 
@@ -354,7 +355,7 @@ def write_demo(folder, seed=0, sizes=(("test", 1000), ("dev", 1000), ("train", 8
     letters = "abcdefghijklmnopqrstuvwxyz"  # any other word can be spelled with them, as in BERT's own vocabulary
     words = sorted({*" ".join(corpus).split(), *letters}) + [f"##{letter}" for letter in letters]
     (folder / "corpus.txt").write_text("\n".join(corpus) + "\n", "utf-8")
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]) + "\n", "utf-8")
+    (folder / "vocab.txt").write_text("\n".join([*SPECIAL, *words]) + "\n", "utf-8")
 
 
 def write_random(folder, task, n=1000, seed=0):
@@ -364,7 +365,7 @@ def write_random(folder, task, n=1000, seed=0):
         known = ", ".join(name for name in TASKS if TASKS[name].lengths)
         raise ValueError(f"no lengths are known of {task.folder}; expected one of {known}, or --model and --data for the real thing")
     rng = random.Random(seed)
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str.lower, task.words)]
+    words = [*SPECIAL, *map(str.lower, task.words)]
     words += [f"w{i}" for i in range(len(words), 30522)]
     columns = task.columns or (*task.text, task.label)
     rows = [] if task.columns else [columns]

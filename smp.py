@@ -356,7 +356,7 @@ def folded(layers, masks):
             layer.masked_weight = None
 
 
-# ---- The mask file: one bit a weight, or less -----------------------------------------------
+# ---- The mask file: at most about one bit a weight ------------------------------------------
 
 def save_masks(path, masks, metadata):
     """Writes {name: mask} to a safetensors file with `metadata` (anything JSON can hold) in its header. For each kept weight

@@ -989,8 +989,9 @@ def timed_rounds(run, dense):
         pair = [("dense_ms", dense), ("smp_ms", run)]
         for key, one in pair if len(rounds) % 2 else reversed(pair):
             ms[key] = clock(lambda: settled_step(one, batch), args)
-        for p in [p for group in run.optimizer.param_groups for p in group["params"]]:
-            p.grad = torch.zeros_like(p)
+        for group in run.optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = torch.zeros_like(p)
         ms |= {"ratio": ms["smp_ms"] / ms["dense_ms"],
                "mask_ms": clock(lambda: (run.set_keep(), masks_of(run.layers)), args),
                "regularizer_ms": clock(lambda: smp.add_regularizer_gradient(scores, 0.0), args),
