@@ -10,6 +10,7 @@ Letters:  N examples   B batch   T tokens, of the longest member of a batch   C 
 
 import http.client
 import json
+import math
 import os
 import random
 import tempfile
@@ -22,6 +23,8 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from tqdm import tqdm
 
 
@@ -303,6 +306,47 @@ def zip_predictions(paths):
         for file in paths:
             z.write(file, file.name)
     return path
+
+
+# ---- The mask file: at most about one bit a weight ------------------------------------------
+
+def save_masks(path, masks, metadata):
+    """Writes {name: mask} to a safetensors file with `metadata` (anything JSON can hold) in its header. For each kept weight
+    a byte says how many pruned ones lie since the last (255: add 255 and read on), so 0 0 1 1 becomes 2 0; zlib Huffman-codes
+    the bytes. Where most weights are kept, the gaps are those between the pruned. That comes within 3 % of the entropy, from 3 to
+    97 % kept: 0.48 bits a weight where one in ten is kept, and 0.2 where 3 % are. The file appears whole or not at all."""
+    packed, inverted = {}, [name for name, mask in masks.items() if 2 * mask.count_nonzero() > mask.numel()]
+    for name, mask in masks.items():
+        gaps = np.diff(np.flatnonzero(mask.detach().cpu().numpy() != (name in inverted)), prepend=-1) - 1
+        ends = np.cumsum(gaps // 255 + 1)
+        symbols = np.full(ends[-1] if len(ends) else 0, 255, np.uint8)
+        symbols[ends - 1] = gaps % 255
+        coder = zlib.compressobj(9, strategy=zlib.Z_HUFFMAN_ONLY)
+        packed[name] = np.frombuffer(coder.compress(symbols.tobytes()) + coder.flush(), np.uint8)
+    header = {"shapes": {name: list(mask.shape) for name, mask in masks.items()}, "inverted": inverted, "metadata": metadata}
+    header = {"format": "smp-mask-2"} | {key: json.dumps(value) for key, value in header.items()}
+    save_file(packed, f"{path}.part", metadata=header)
+    os.replace(f"{path}.part", path)
+
+
+def load_masks(path):
+    """The reverse of save_masks: a path -> ({name: bool mask}, metadata). Raises ValueError for what is no whole mask file."""
+    try:
+        with safe_open(path, "np") as file:
+            header = file.metadata() or {}
+            if header.get("format") != "smp-mask-2":
+                raise ValueError(f"format is {header.get('format')!r}; expected a mask file, 'smp-mask-2'")
+            shapes, inverted, metadata = (json.loads(header[key]) for key in ("shapes", "inverted", "metadata"))
+            masks = {}
+            for name, shape in shapes.items():
+                symbols = np.frombuffer(zlib.decompress(file.get_tensor(name).tobytes()), np.uint8)
+                found = (np.cumsum(symbols + (symbols < 255), dtype=np.int64) - 1)[symbols < 255]
+                mask = torch.full((math.prod(shape),), name in inverted)
+                mask[torch.from_numpy(found)] = name not in inverted
+                masks[name] = mask.view(shape)
+    except (SafetensorError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, IsADirectoryError, zlib.error) as error:
+        raise ValueError(f"{path}: not a whole mask file ({error})") from None
+    return masks, metadata
 
 
 # ---- The demo: a small language of film reviews, for machines without network, data or patience

@@ -24,7 +24,7 @@ Read on in the order in which a step needs it:
     Eq. 4     SMP-S, the rule of the paper's own                                keep_counts
     Eq. 5     how the sparsity grows over the steps                             sparsity_at
     Eq. 6, 7  task loss + sparsity regulariser; the distillation loss           objective, regularizer, distillation_loss
-    Eq. 3     the layer that puts them to use                                   MaskedLinear, prune
+    Eq. 3     the layer that puts them to use                                   MaskedLinear, prune, choose_masks
 
 Nothing here knows of BERT: `prune` takes any module with nn.Linears in it.
 
@@ -33,16 +33,10 @@ Sparsity is always the fraction REMOVED: 0.9 keeps one weight in ten.
 """
 
 import contextlib
-import json
 import math
-import os
-import zlib
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from torch import nn
 
 
@@ -80,48 +74,76 @@ def threshold_mask(scores, tau):
     return StraightThrough.apply(scores, torch.sigmoid(scores.detach()) > tau)
 
 
-def _topk(flat, n_keep):
-    """Flat scores (n,) -> 0/1 mask (n,), same dtype. Where scores start from zero, ties are the rule: after
-    Adam's first step every score is +-lr, and weights without a task gradient stay equal for ever."""
+def _topk(flat, n_keep, past=None):
+    """Flat scores (n,) -> mask (n,), bool. Where scores start from zero, ties are the rule: after Adam's first step
+    every score is +-lr, and weights without a task gradient stay equal for ever. past is a list of the last two
+    thresholds of this matrix, for a good guess at the next, and is kept up to date."""
     if not math.isfinite(flat.sum()) and not flat.isfinite().all():  # a sum can also just be too large
         raise FloatingPointError("nan or inf among the scores: the run has diverged")
     if n_keep in (0, len(flat)):
-        return torch.full_like(flat, bool(n_keep))
-    threshold, at_least = _kth_largest(flat, n_keep)
-    mask = torch.ge(flat, threshold, out=torch.empty_like(flat))  # written as 0.0 and 1.0 at once
+        return torch.full_like(flat, n_keep > 0, dtype=torch.bool)
+    threshold, at_least = _kth_largest(flat, n_keep, past or ())
+    if past is not None:
+        past[:] = past[-1:] + [float(threshold)]
+    mask = flat >= threshold
     if surplus := at_least - n_keep:  # the last ties must go: find the first of them, halving the stretch it is in
         ties, start, end = flat == threshold, 0, len(flat)
         while end - start > 1:
             middle = (start + end) // 2
             behind = int(ties[middle:end].count_nonzero())
             start, end, surplus = (middle, end, surplus) if behind >= surplus else (start, middle, surplus - behind)
-        torch.gt(flat[start:], threshold, out=mask[start:])
+        mask[start:] = flat[start:] > threshold
     return mask
 
 
-def _kth_largest(flat, k):
+def _kth_largest(flat, k, past):
     """The k-th largest of (n,) values and how many are at least as large, exactly, without sorting.
 
-    A sample, every 127th value (a prime: a rounder stride would see but a few columns of a matrix),
-    says about where it lies: between the sample values 3 standard errors of a rank to either side.
-    Counting what lies above and inside proves it, and from the few inside the answer is selected.
-    A bracket that missed costs time, never truth: kthvalue over all of them says the same, only later."""
+    Guess a bracket. Counting what lies above and inside proves it, and from the few inside the answer is selected.
+    A bracket that missed costs time, never truth: the next one, or kthvalue over all, says the same, only later."""
     n, above = len(flat), 0
-    if n > 16384 and n % 8 == 0:
-        sample = flat[::127].contiguous()
-        rank, margin = k * len(sample) // n, 1 + int(3 * math.sqrt(len(sample) * k * (n - k)) / n)
-        high, low = (sample.kthvalue(min(max(len(sample) - r, 1), len(sample))).values for r in (rank - margin, rank + margin))
+    for high, low in _brackets(flat, k, past) if n > 16384 and n % 8 == 0 else ():
         over, least = flat > high, flat >= low
-        n_over, n_least, tied = torch.stack([over.count_nonzero(), least.count_nonzero(), low == high]).tolist()
+        n_over, n_least = torch.stack([over.count_nonzero(), least.count_nonzero()]).tolist()
         if n_over < k <= n_least:
-            if tied:
+            if low == high:
                 return low, n_least
             eights = (over ^ least).view(torch.int64)  # few flags are set: eight bools, seen as one number, are mostly 0
             some = eights.nonzero()[:, 0]
             flat = flat.view(-1, 8).index_select(0, some).view(-1)[eights.index_select(0, some).view(torch.bool)]
             above = n_over
+            break
     threshold = flat.kthvalue(len(flat) - (k - above) + 1).values
     return threshold, above + int((flat >= threshold).count_nonzero())
+
+
+def _brackets(flat, k, past):
+    """Guesses (high, low) at the k-th largest of (n,) values, the cheaper first. In training thresholds move evenly: the
+    next lies between the last and twice its last move from there, 19 times in 20. And a sample, every 127th value (a prime: a
+    rounder stride would see but a few columns of a matrix), says it within 3 standard errors of a rank to either side."""
+    if len(past) == 2:
+        there = past[1] + 2 * (past[1] - past[0])
+        yield max(past[1], there), min(past[1], there)
+    sample = flat[::127].contiguous()
+    m, share = len(sample), k / len(flat)
+    margin = 1 + 3 * math.sqrt(m * share * (1 - share))
+    yield tuple(sample.kthvalue(min(max(m - int(rank), 1), m)).values for rank in (m * share - margin, m * share + margin))
+
+
+def _topk_bitwise(stack, n_keep):
+    """The same for R matrices of one size, float32 (R, n) and counts (R, 1) -> (R, n) bool, without a look at any number.
+
+    Read as whole numbers, floats keep their order, once the bits of the negative ones are flipped. So the threshold can be put
+    together from its highest bit down: a bit is set if with it there are still n_keep scores as large. 32 passes, whatever
+    the scores: on a CPU a bracket is fifteen times as fast, but on a GPU it would make the host wait."""
+    keys = (stack + 0.0).view(torch.int32)  # + 0.0 makes 0.0 of a -0.0
+    keys ^= (keys >> 31) & 0x7FFFFFFF
+    threshold = torch.full_like(n_keep, -2 ** 31, dtype=torch.int32)
+    for bit in [-2 ** 31] + [2 ** b for b in range(30, -1, -1)]:
+        enough = (keys >= threshold ^ bit).sum(1, keepdim=True) >= n_keep
+        threshold = torch.where(enough, threshold ^ bit, threshold)
+    above, ties = keys > threshold, keys == threshold
+    return above | ties & (ties.cumsum(1, dtype=torch.int32) <= n_keep - above.sum(1, keepdim=True))
 
 
 # ---- Rules: how many weights each matrix keeps (Table 3, Eq. 4) -----------------------------
@@ -135,7 +157,7 @@ RULES = {
 
 
 def keep_counts(scores, sparsity, rule, tau=0.1):
-    """How many weights each matrix keeps: {name: scores} -> {name: count}.
+    """How many weights each matrix keeps: {name: scores} -> {name: count, a 0-dim tensor where the scores are}.
 
     All four masking functions of Table 3 ask for the largest scores of a matrix and differ only in how far down they go. So
     here is the whole of a rule: a count for each matrix; topk_mask does the rest. The counts sum to exactly
@@ -149,8 +171,8 @@ def keep_counts(scores, sparsity, rule, tau=0.1):
     of its weights (the paper writes v for k here, and in Eq. 5 for the sparsity). That is more than there are where R(S_l) is
     over 1/k times the mean, which happens early on the ramp of every run, k being near 1 there. The original code then keeps
     too little in all; here such a matrix is kept whole and the others of its type share the rest. (Where sizes differ within
-    a type, shares go by n_l R(S_l).) Raises ValueError for an unknown rule or a sparsity outside [0, 1]; smp-s and global
-    raise FloatingPointError for nan in scores, the others leave that to topk_mask."""
+    a type, shares go by n_l R(S_l).) Raises ValueError for an unknown rule or a sparsity outside [0, 1]; nan is
+    left to whoever makes the masks."""
     if rule not in RULES:
         raise ValueError(f"rule is {rule!r}; expected one of {', '.join(RULES)}")
     if not 0 <= sparsity <= 1:
@@ -159,35 +181,34 @@ def keep_counts(scores, sparsity, rule, tau=0.1):
     size = {name: s.numel() for name, s in scores.items()}
     total = round((1 - sparsity) * sum(size.values()))  # round, since int((1 - 0.9) * 10) is 0
     if rule == "threshold":
-        return {name: int(threshold_mask(s, tau).count_nonzero()) for name, s in scores.items()}
+        return {name: threshold_mask(s, tau).count_nonzero() for name, s in scores.items()}
     if rule == "global":
-        mask = _topk(torch.cat([s.flatten() for s in scores.values()]), total)
-        return {name: int(part.count_nonzero()) for name, part in zip(scores, mask.split(list(size.values())))}
+        everything = torch.cat([s.flatten() for s in scores.values()])
+        parts = topk_mask(everything, total).split(list(size.values()))
+        return {name: part.count_nonzero() for name, part in zip(scores, parts)}
 
-    R = dict.fromkeys(scores, 1.0)  # SMP-L is SMP-S with all R equal
-    if rule == "smp-s":
-        R = dict(zip(scores, torch.stack([importance(s) for s in scores.values()]).tolist()))
-    if any(map(math.isnan, R.values())):
-        raise FloatingPointError("nan among the scores: the run has diverged")
-    R = {name: max(r, 1e-30) for name, r in R.items()}  # a sigmoid that underflowed still has its place in the queue
     quota = {}
-    for kind in {name.rpartition(".")[2]: None for name in scores}:
+    for kind in dict.fromkeys(name.rpartition(".")[2] for name in scores):
         peers = [name for name in scores if name.rpartition(".")[2] == kind]
         to_share = (1 - sparsity) * sum(size[name] for name in peers)
-        while peers:
-            scale = to_share / math.fsum(size[name] * R[name] for name in peers)  # fsum: the same in any order of layers
-            full = [name for name in peers if scale * R[name] > 1]  # kept whole; the others share again
-            quota |= {name: min(1, scale * R[name]) * size[name] for name in full or peers}
-            to_share -= sum(size[name] for name in full)
-            peers = [name for name in peers if name not in full] if full else []
+        n = torch.stack([torch.full((), size[name], dtype=torch.float64, device=scores[name].device) for name in peers])
+        R = torch.ones_like(n)  # SMP-L is SMP-S with all R equal
+        if rule == "smp-s":  # a sigmoid that underflowed still has its place in the queue
+            R = torch.stack([importance(scores[name]) for name in peers]).double().clamp(min=1e-30)
+        # Keep the j with the largest R whole, and the others share what is left, at a scale. The right j is that of the largest
+        # scale: with any other, some matrix takes more than its min(1, scale * R), and less is left to share.
+        ordered, order = R.sort(descending=True, stable=True)
+        whole = n[order].cumsum(0) - n[order]
+        scale = ((to_share - whole) / (n[order] * ordered).flip(0).cumsum(0).flip(0)).amax()
+        quota |= zip(peers, (n * (scale * R).clamp(max=1)).unbind())
 
     # Whole numbers that sum to the total: round down, then one more for the largest fractions.
-    quota = {name: round(quota[name], 6) for name in scores}  # a 4.9999999999 is a 5
-    counts = {name: math.floor(q) for name, q in quota.items()}
-    by_fraction = sorted(counts, key=lambda name: counts[name] - quota[name])
-    for name in by_fraction[:total - sum(counts.values())]:
-        counts[name] += 1
-    return counts
+    quota = torch.stack([quota[name] for name in scores]).round(decimals=6)  # a 4.9999999999 is a 5
+    counts = quota.floor()
+    by_fraction = (counts - quota).argsort(stable=True)
+    one_more = torch.arange(len(counts), device=counts.device) < total - counts.sum()
+    counts.scatter_add_(0, by_fraction, one_more.double())
+    return dict(zip(scores, counts.long().unbind()))
 
 
 def importance(scores):
@@ -295,25 +316,22 @@ class MaskedLinear(nn.Module):
 
     weight (out, in) and bias (out,) are those of the linear it replaces, bit for bit; scores (out, in) is the one trainable
     parameter. (The methods SMP is compared with thaw the weight: what it then gets is dL/dW = dL/dW' * M, nothing where it
-    is pruned.) Before each step train.py sets n_keep to what keep_counts says."""
+    is pruned.) mask, bool (out, in), keeps all weights until choose_masks has been called, and is to be chosen anew
+    whenever scores have moved."""
 
     def __init__(self, linear, init):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
         self.scores = nn.Parameter(initial_scores(linear.weight, init))
-        self.n_keep = linear.weight.numel()
+        self.register_buffer("mask", torch.ones_like(linear.weight, dtype=torch.bool), persistent=False)
+        self.past = []  # its last two thresholds, see _brackets
         self.masked_weight = None  # set by folded(), where the mask does not change between batches
 
     def forward(self, x):                                       # (..., in) -> (..., out)
         masked_weight = self.masked_weight
         if masked_weight is None:
-            masked_weight = self.weight * topk_mask(self.scores, self.n_keep)
+            masked_weight = self.weight * StraightThrough.apply(self.scores, self.mask)
         return F.linear(x, masked_weight, self.bias)
-
-    @property
-    def mask(self):
-        """The mask now in force, bool (out, in), without gradient."""
-        return topk_mask(self.scores.detach(), self.n_keep).bool()
 
 
 def initial_scores(weight, init):
@@ -343,6 +361,29 @@ def prune(model, names, init="zero"):
     return layers
 
 
+@torch.no_grad()
+def choose_masks(layers, sparsity, rule="smp-s", tau=0.1):
+    """Gives each of {name: MaskedLinear} the mask that its scores of now, a sparsity and a rule come to. The whole method is a
+    loop over this, forwards, backwards, a step of the optimiser. Returns whether all scores are finite, a bool 0-dim tensor.
+
+    To look at a number on a GPU is to wait until it has done all that it was asked to. So there matrices of one size are
+    stacked and nothing is looked at (except by the rule "global"), and whoever looks at the loss should look at what is
+    returned too. On a CPU, where a look is free, nan or inf raise FloatingPointError at once."""
+    scores = {name: layer.scores for name, layer in layers.items()}
+    counts, finite = keep_counts(scores, sparsity, rule, tau), []
+    for n in {s.numel() for s in scores.values()}:
+        group = [name for name in scores if scores[name].numel() == n]
+        if scores[group[0]].device.type == "cpu":
+            masks = [_topk(scores[name].flatten(), int(counts[name]), layers[name].past) for name in group]
+        else:
+            stack = torch.stack([scores[name].flatten() for name in group])
+            finite += [end.isfinite() for end in stack.aminmax()]
+            masks = _topk_bitwise(stack, torch.stack([counts[name] for name in group])[:, None])
+        for name, mask in zip(group, masks):
+            layers[name].mask = mask.view(scores[name].shape)
+    return torch.stack(finite).all() if finite else torch.tensor(True)
+
+
 @contextlib.contextmanager
 def folded(layers, masks):
     """Inside, the layers use the given {name: mask}, multiplied into the weights once instead of once a batch: what is
@@ -354,44 +395,3 @@ def folded(layers, masks):
     finally:
         for layer in layers.values():
             layer.masked_weight = None
-
-
-# ---- The mask file: at most about one bit a weight ------------------------------------------
-
-def save_masks(path, masks, metadata):
-    """Writes {name: mask} to a safetensors file with `metadata` (anything JSON can hold) in its header. For each kept weight
-    a byte says how many pruned ones lie since the last (255: add 255 and read on), so 0 0 1 1 becomes 2 0; zlib Huffman-codes
-    the bytes. Where most weights are kept, the gaps are those between the pruned. That comes within 3 % of the entropy, from 3 to
-    97 % kept: 0.48 bits a weight where one in ten is kept, and 0.2 where 3 % are. The file appears whole or not at all."""
-    packed, inverted = {}, [name for name, mask in masks.items() if 2 * mask.count_nonzero() > mask.numel()]
-    for name, mask in masks.items():
-        gaps = np.diff(np.flatnonzero(mask.detach().cpu().numpy() != (name in inverted)), prepend=-1) - 1
-        ends = np.cumsum(gaps // 255 + 1)
-        symbols = np.full(ends[-1] if len(ends) else 0, 255, np.uint8)
-        symbols[ends - 1] = gaps % 255
-        coder = zlib.compressobj(9, strategy=zlib.Z_HUFFMAN_ONLY)
-        packed[name] = np.frombuffer(coder.compress(symbols.tobytes()) + coder.flush(), np.uint8)
-    header = {"shapes": {name: list(mask.shape) for name, mask in masks.items()}, "inverted": inverted, "metadata": metadata}
-    header = {"format": "smp-mask-2"} | {key: json.dumps(value) for key, value in header.items()}
-    save_file(packed, f"{path}.part", metadata=header)
-    os.replace(f"{path}.part", path)
-
-
-def load_masks(path):
-    """The reverse of save_masks: a path -> ({name: bool mask}, metadata). Raises ValueError for what is no whole mask file."""
-    try:
-        with safe_open(path, "np") as file:
-            header = file.metadata() or {}
-            if header.get("format") != "smp-mask-2":
-                raise ValueError(f"format is {header.get('format')!r}; expected a mask file, 'smp-mask-2'")
-            shapes, inverted, metadata = (json.loads(header[key]) for key in ("shapes", "inverted", "metadata"))
-            masks = {}
-            for name, shape in shapes.items():
-                symbols = np.frombuffer(zlib.decompress(file.get_tensor(name).tobytes()), np.uint8)
-                found = (np.cumsum(symbols + (symbols < 255), dtype=np.int64) - 1)[symbols < 255]
-                mask = torch.full((math.prod(shape),), name in inverted)
-                mask[torch.from_numpy(found)] = name not in inverted
-                masks[name] = mask.view(shape)
-    except (SafetensorError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, IsADirectoryError, zlib.error) as error:
-        raise ValueError(f"{path}: not a whole mask file ({error})") from None
-    return masks, metadata

@@ -75,9 +75,8 @@ def test_hand_worked_example():
     two in reading order are kept."""
     layer = smp.MaskedLinear(linear_of(WEIGHT), "zero")
     layer.scores.data.copy_(SCORES)
-    layer.n_keep = 5
-    mask = torch.tensor([[1, 0, 1, 1], [0, 1, 0, 0], [0, 0, 0, 1]])
-    assert torch.equal(layer.mask, mask.bool())
+    layer.mask = smp.topk_mask(layer.scores.detach(), 5).bool()
+    assert layer.mask.int().tolist() == [[1, 0, 1, 1], [0, 1, 0, 0], [0, 0, 0, 1]]
 
     #   W' = W * M = [[1 0 3 0], [0 5 0 0], [0 0 0 -1]]    y = W' x = [1+6, 5, -1]
     y = layer(X)
@@ -137,6 +136,16 @@ def test_mask_is_the_definition(case):
     assert torch.equal(mask, sorted_mask(scores, n_keep))
 
 
+@given(st.lists(scores_and_count(dtype=st.just(torch.float32)), min_size=1, max_size=3))
+def test_masks_found_bit_by_bit_are_the_same(cases):
+    """What a GPU does for many matrices at once, each with a count of its own, without a look at any number."""
+    n = min(scores.numel() for scores, _ in cases)
+    rows, counts = [scores.flatten()[:n] for scores, _ in cases], [min(n_keep, n) for _, n_keep in cases]
+    masks = smp._topk_bitwise(torch.stack(rows), torch.tensor(counts)[:, None])
+    for scores, n_keep, mask in zip(rows, counts, masks):
+        assert torch.equal(mask, sorted_mask(scores, n_keep).bool())
+
+
 @given(scores_and_count())
 def test_every_kept_score_is_at_least_every_pruned_one(case):
     scores, n_keep = case
@@ -190,6 +199,35 @@ def test_large_masks(kind, sparsity, n):
     kept = torch.sort(scores, descending=True, stable=True).indices[:k]
     expected = torch.zeros(n, dtype=scores.dtype).index_fill(0, kept, 1)
     assert torch.equal(smp.topk_mask(scores, k), expected)
+    assert torch.equal(smp._topk_bitwise(scores[None].float(), torch.tensor([[k]])), expected[None].bool())
+
+
+@pytest.mark.parametrize("move", ["evenly", "not at all", "by leaps", "onto two values", "and count grows"])
+def test_masks_are_exact_wherever_the_last_thresholds_point(move):
+    """A guess from the last two thresholds may save time, never change a mask."""
+    g = torch.Generator().manual_seed(0)
+    layers = {"0": smp.MaskedLinear(nn.Linear(200, 400), "magnitude")}
+    scores = layers["0"].scores.data
+    for step in range(6):
+        smp.choose_masks(layers, 0.5 + 0.08 * step * (move == "and count grows"))
+        kept = int(layers["0"].mask.count_nonzero())
+        assert torch.equal(layers["0"].mask, smp.topk_mask(scores, kept).bool())
+        assert kept == round((0.5 - 0.08 * step * (move == "and count grows")) * 80_000)
+        if move == "evenly":
+            scores -= 0.02 * torch.rand(scores.shape, generator=g)
+        if move == "by leaps":
+            scores += torch.randn(scores.shape, generator=g) * 10 ** (step - 2)
+        if move == "onto two values":
+            scores.copy_(0.02 * (torch.rand(scores.shape, generator=g) - 0.5).sign())
+
+
+def test_thresholds_that_move_evenly_are_foreseen():
+    flat = torch.randn(70_000)
+    thresholds = [(flat - 0.01 * step).kthvalue(60_000).values.item() for step in range(3)]
+    high, low = next(smp._brackets(flat - 0.02, 10_001, thresholds[:2]))
+    assert low <= thresholds[2] <= high and high - low < 0.03
+    high, low = next(smp._brackets(flat, 10_001, ()))       # without a past, from a sample
+    assert low <= thresholds[0] <= high and high - low < 0.5
 
 
 def test_mask_does_not_depend_on_the_number_of_threads():
@@ -258,7 +296,7 @@ def test_score_gradient_is_weight_gradient_times_weight(out, into, batch, seed, 
     weight, bias, x = torch.randn(out, into).double(), torch.randn(out).double(), torch.randn(batch, into).double()
     layer = smp.MaskedLinear(linear_of(weight, bias), "zero").double()
     layer.scores.data = torch.randn(out, into).double()
-    layer.n_keep = n_keep
+    layer.mask = smp.topk_mask(layer.scores.detach(), n_keep).bool()
 
     def loss(masked_weight):
         return torch.tanh(F.linear(x, masked_weight, bias)).square().sum()
@@ -305,7 +343,7 @@ def test_any_module_with_linears_can_be_pruned():
     before = model(x)
     layers = smp.prune(model, ["0", "2.0"])
     assert torch.equal(model(x), before)  # every weight kept at first: nothing has changed yet
-    layers["0"].n_keep = 0
+    smp.choose_masks(layers, 1.0)
     assert not torch.equal(model(x), before)
     with pytest.raises(TypeError, match="ReLU"):
         smp.prune(model, ["1"])
@@ -314,8 +352,7 @@ def test_any_module_with_linears_can_be_pruned():
 def test_folding_changes_nothing_but_the_work():
     model = tiny_bert()
     layers = smp.prune(model, prunable(model), "magnitude")
-    for name, n_keep in smp.keep_counts({name: l.scores for name, l in layers.items()}, 0.5, "smp-s").items():
-        layers[name].n_keep = n_keep
+    smp.choose_masks(layers, 0.5)
     ids = torch.randint(0, 99, (2, 5))
     unfolded = model(ids)
     with smp.folded(layers, {name: layer.mask for name, layer in layers.items()}):
@@ -945,7 +982,7 @@ def test_the_loss_falls_with_all_weights_frozen(world, method):
 def test_the_threshold_rule_counts_what_it_reached(world, capsys):
     final = world("--method", "threshold", "--tau", "0.49", "--init", "zero")
     assert "does not enforce --sparsity" in capsys.readouterr().out
-    masks, metadata = smp.load_masks(world.folder / "run/mask.safetensors")
+    masks, metadata = data.load_masks(world.folder / "run/mask.safetensors")
     reached = 1 - sum(int(mask.sum()) for mask in masks.values()) / final["total"]
     assert 0 < reached < 1 and metadata["sparsity"] == pytest.approx(reached)
 
@@ -965,7 +1002,7 @@ def test_bfloat16_is_for_the_encoders_products_alone(world, monkeypatch):
 def test_two_runs_are_equal_and_another_seed_is_not(world):
     world(out="a"), world(out="b")                                          # with dropout
     world("--dropout", "0", out="c"), world("--dropout", "0", "--seed", "1", out="d")
-    a, b, c, d = (smp.load_masks(world.folder / out / "mask.safetensors")[0] for out in "abcd")
+    a, b, c, d = (data.load_masks(world.folder / out / "mask.safetensors")[0] for out in "abcd")
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert any(not torch.equal(c[name], d[name]) for name in c)
     a, b = ([line for line in log_of(world.folder / out) if line["event"] == "eval"] for out in "ab")
@@ -975,7 +1012,7 @@ def test_two_runs_are_equal_and_another_seed_is_not(world):
 def test_the_saved_mask_is_the_one_that_was_measured(world):
     """Folded into the untouched weights it gives the reported metrics again, without any scores."""
     final = world("--epochs", "4")
-    masks, metadata = smp.load_masks(world.folder / "run/mask.safetensors")
+    masks, metadata = data.load_masks(world.folder / "run/mask.safetensors")
     model = bert.load_pretrained(world.folder / "model")
     for name, mask in masks.items():
         model.get_submodule(name).weight.data *= mask
@@ -1099,8 +1136,29 @@ def test_magnitude_follows_the_weights_as_they_are_trained(world):
     run = train.Run(args)
     for batch in train.batches_from(0, run.train_set, args):
         run.train_step(batch)
-    run.set_keep()
-    assert all(torch.equal(layer.mask, smp.topk_mask(layer.weight.abs(), layer.n_keep).bool()) for layer in run.layers.values())
+    run.set_masks()
+    assert all(torch.equal(layer.mask, smp.topk_mask(layer.weight.abs(), layer.mask.count_nonzero()).bool()) for layer in run.layers.values())
+
+
+@pytest.mark.parametrize("method", ["smp-s", "smp-l", "threshold", "movement", "finetune"])
+def test_no_step_waits_for_the_device(world, method, monkeypatch):
+    """On torch's meta device a tensor has a shape and no numbers: whoever looks at one gets an error. A step that runs
+    there never makes the host wait for a GPU. (But the first, which measures lambda. And "global" has to look.)"""
+    args = train.parse_args(["--task", "sst2", "--method", method, "--epochs", "2", "--batch-size", "16", "--max-length", "16",
+                             "--device", "cpu", "--model", str(world.folder / "model"), "--data", str(world.folder / "glue")])
+    args.seed, args.out = 0, str(world.folder / "run")
+    run = train.Run(args)
+    batches = train.batches_from(0, run.train_set, args)
+    run.train_step(next(batches))
+    args.device, run.label_ids = "meta", run.label_ids.to("meta")
+    run.model.to("meta")
+    trained = [{**group, "params": [p for p in run.model.parameters() if p.requires_grad]} for group in run.optimizer.param_groups]
+    run.optimizer = torch.optim.AdamW([{**trained[0], "fused": False}])
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it does not know meta
+    assert run.train_step(next(batches)).is_meta
+    assert not run.layers or (run.finite & True).is_meta
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        run.look()
 
 
 def test_several_seeds_give_mean_and_spread(world, capsys):
@@ -1136,8 +1194,8 @@ def test_a_mask_fits_its_own_model_alone(world, capsys):
     whole = load_file(world.folder / "model/model.safetensors")
     save_file({name: tensor for name, tensor in whole.items() if not name.startswith("cls.")}, world.folder / "headless/model.safetensors")
     write(world.folder / "headless/vocab.txt", "\n".join(WORDS) + "\n")
-    masks, about = smp.load_masks(world.folder / "run/mask.safetensors")
-    smp.save_masks(world.folder / "cut", {name: mask for name, mask in masks.items() if name != "layers.1.K"}, about)
+    masks, about = data.load_masks(world.folder / "run/mask.safetensors")
+    data.save_masks(world.folder / "cut", {name: mask for name, mask in masks.items() if name != "layers.1.K"}, about)
 
     def refused(mask, *flags):
         return fails(lambda *f: train.main(["--eval", str(mask), "--data", str(world.folder / "glue"), *f]), *flags, capsys=capsys)
@@ -1147,7 +1205,7 @@ def test_a_mask_fits_its_own_model_alone(world, capsys):
     assert "not a whole mask file" in refused(world.folder / "model/model.safetensors")
     assert "a mask for sst2; --task asks for mrpc" in refused(world.folder / "run/mask.safetensors", "--task", "mrpc")
     for metadata in ({}, None, about | {"settings": {}}, about | {"task": ["sst2"]}, about | {"base": 3}):
-        smp.save_masks(world.folder / "bare", masks, metadata)
+        data.save_masks(world.folder / "bare", masks, metadata)
         assert "which task" in refused(world.folder / "bare")
     assert "holds a model already" in refused(world.folder / "run/mask.safetensors", "--export", str(world.folder / "model"))
 
@@ -1199,6 +1257,20 @@ def test_the_program_in_the_readme_gives_the_evaluations_logits(world, monkeypat
     torch.testing.assert_close(names["logits"], evaluated)
 
 
+def test_the_loop_in_the_readme_prunes_a_network_of_ones_own():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 256), nn.ReLU(), nn.Linear(256, 2))
+    batches = [(x, (x[:, 0] > 0).long()) for x in torch.randn(200, 32, 8)]
+
+    def accuracy():
+        with torch.no_grad():
+            return sum((model(x).argmax(1) == labels).float().mean().item() for x, labels in batches) / len(batches)
+    before, names = accuracy(), {"torch": torch, "smp": smp, "model": model, "batches": batches}
+    exec((HERE / "README.md").read_text("utf-8").split("```python\n")[2].split("```")[0], names)
+    assert sum(int(layer.mask.sum()) for layer in names["layers"].values()) == 0.5 * (8 * 256 + 256 * 2)
+    assert before < 0.6 < 0.85 < accuracy()
+
+
 # ---- runs that are killed
 
 def command(world, *flags, out="run"):
@@ -1209,7 +1281,7 @@ def command(world, *flags, out="run"):
 
 def left_behind(folder):
     """All that a finished run leaves; of the settings nothing but the folder's name may differ."""
-    masks, about = smp.load_masks(folder / "mask.safetensors")
+    masks, about = data.load_masks(folder / "mask.safetensors")
     about["settings"].pop("out")
     lines = log_of(folder)
     lines[0].pop("out")
@@ -1490,8 +1562,8 @@ def test_masks_come_back_bit_for_bit(tmp_path_factory, shapes, seed):
     path = tmp_path_factory.mktemp("masks") / "mask.safetensors"
     g = torch.Generator().manual_seed(seed)
     masks = {name: torch.rand(shape, generator=g) < 0.5 for name, shape in shapes.items()}
-    smp.save_masks(path, masks, {"task": "mrpc", "metrics": {"f1": 0.5}})
-    loaded, metadata = smp.load_masks(path)
+    data.save_masks(path, masks, {"task": "mrpc", "metrics": {"f1": 0.5}})
+    loaded, metadata = data.load_masks(path)
     assert list(loaded) == list(masks) and all(torch.equal(loaded[name], masks[name]) for name in masks)
     assert metadata == {"task": "mrpc", "metrics": {"f1": 0.5}}
     assert os.listdir(path.parent) == ["mask.safetensors"]
@@ -1500,26 +1572,26 @@ def test_masks_come_back_bit_for_bit(tmp_path_factory, shapes, seed):
 @pytest.mark.parametrize("density", [0.0, 0.005, 0.03, 0.1, 0.5, 0.8, 0.97, 1.0])
 def test_a_mask_costs_its_entropy(tmp_path, density):
     masks = {f"layers.{i}.{t}": torch.rand(768, 768) < density for i in range(2) for t in "QKVO"}
-    smp.save_masks(tmp_path / "mask", masks, {"task": "mrpc"})
+    data.save_masks(tmp_path / "mask", masks, {"task": "mrpc"})
     n, header = 8 * 768 * 768, 1000 * 8
     entropy = -sum(p * math.log2(p) for p in (density, 1 - density) if p)
     assert (tmp_path / "mask").stat().st_size * 8 < min(1.06 * entropy * n + 0.005 * n + header, 1.02 * n)
-    assert all(torch.equal(mask, masks[name]) for name, mask in smp.load_masks(tmp_path / "mask")[0].items())
+    assert all(torch.equal(mask, masks[name]) for name, mask in data.load_masks(tmp_path / "mask")[0].items())
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-7], lambda b: b"\0" * len(b), lambda b: b""])
 def test_a_damaged_mask_file_is_an_error(damage, tmp_path):
     path = tmp_path / "mask.safetensors"
-    smp.save_masks(path, {"layers.0.Q": torch.ones(5, 5)}, {})
+    data.save_masks(path, {"layers.0.Q": torch.ones(5, 5)}, {})
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match="not a whole mask file"):
-        smp.load_masks(path)
+        data.load_masks(path)
 
 
 def test_other_safetensors_are_no_mask(tmp_path):
     bert.save_pretrained(tiny_bert(), tmp_path)
     with pytest.raises(ValueError, match="expected a mask file"):
-        smp.load_masks(tmp_path / "model.safetensors")
+        data.load_masks(tmp_path / "model.safetensors")
 
 
 def test_model_folders_come_back_bit_for_bit(tmp_path):

@@ -216,9 +216,14 @@ def prunable(model):
     return [name for name, m in model.named_modules() if name.startswith("layers.") and isinstance(m, nn.Linear)]
 
 
+def on_device(tensor, args):
+    """A copy where the model is. A GPU fetches it from pinned memory by itself; from any other the host would have to wait."""
+    return tensor.pin_memory().to(args.device, non_blocking=True) if args.device.startswith("cuda") else tensor.to(args.device)
+
+
 def forward(model, batch, label_ids, args):
     """One batch -> label-word logits (B, C), float32."""
-    inputs = {key: batch[key].to(args.device, non_blocking=True) if batch[key] is not None else None
+    inputs = {key: None if batch[key] is None else on_device(batch[key], args)
               for key in ("input_ids", "attention_mask", "token_type_ids")}
     with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16"):
         hidden = model(**inputs)
@@ -362,28 +367,27 @@ class Run:
         if not groups:
             args.epochs = args.steps = args.ramp_steps = 0
         self.model.train()
+        self.finite = torch.tensor(True, device=args.device)  # all scores, at every step since somebody looked
         # "logged" is how many bytes of metrics.jsonl belong to the steps done.
         self.state = {"step": 0, "lam": args.lam, "best": None, "last": None, "logged": 0}
 
-    def set_keep(self):
-        """Decides how many weights each matrix keeps at this step, by the rule of the method."""
+    def set_masks(self):
+        """Chooses the masks of this step, by the rule of the method."""
         if not self.layers:  # dense
             return
         if self.args.scores_from == "magnitude":  # the scores follow the weights, which are being trained
             for layer in self.layers.values():
                 layer.scores.data.copy_(layer.weight.detach().abs())
         sparsity = smp.sparsity_at(self.state["step"], self.args.ramp_steps, self.args.sparsity)
-        scores = {name: layer.scores for name, layer in self.layers.items()}
-        for name, n_keep in smp.keep_counts(scores, sparsity, self.args.rule, self.args.tau).items():
-            self.layers[name].n_keep = n_keep
+        self.finite = self.finite & smp.choose_masks(self.layers, sparsity, self.args.rule, self.args.tau)
 
     def task_gradient(self, batch):
         """One batch forwards and backwards, what the task asks for: returns the loss, a scalar tensor."""
         args, teacher_logits = self.args, None
         if self.teacher_logits is not None:
-            teacher_logits = self.teacher_logits[batch["index"].to(args.device)]
-        logits = forward(self.model, batch, self.label_ids, args)       # each layer makes its mask and uses W' = W * M
-        labels = batch["labels"].to(args.device)
+            teacher_logits = self.teacher_logits[on_device(batch["index"], args)]
+        logits = forward(self.model, batch, self.label_ids, args)       # each layer uses W' = W * M
+        labels = on_device(batch["labels"], args)
         loss = smp.objective(logits, labels, teacher_logits, args.temperature, args.teacher_weight)
         loss.backward()                                                 # now scores.grad is dL/dW' * W
         return loss.detach()
@@ -391,7 +395,7 @@ class Run:
     def train_step(self, batch):
         """One step of the method: returns the loss before it, a scalar tensor."""
         step, args = self.state["step"], self.args
-        self.set_keep()
+        self.set_masks()
         loss = self.task_gradient(batch)
         if args.scores_from == "learned":
             scores = [layer.scores for layer in self.layers.values()]
@@ -412,7 +416,9 @@ class Run:
     def look(self):
         """Evaluates what has been learned so far; saves it if it is the best. Returns the record."""
         args, state = self.args, self.state
-        self.set_keep()
+        self.set_masks()
+        if not self.finite:
+            raise FloatingPointError("nan or inf among the scores: the run has diverged")
         masks = masks_of(self.layers)
         with smp.folded(self.layers, masks):
             metrics = evaluate(self.model, self.dev_sets, self.task, self.label_ids, args)
@@ -433,7 +439,7 @@ class Run:
             save_model(base, shipped, self.base)
             belongs_to = fingerprint(shipped)
         if masks:
-            smp.save_masks(out / "mask.safetensors", masks, {
+            data.save_masks(out / "mask.safetensors", masks, {
                 "task": self.args.task, "method": self.args.method, "base": base, "fingerprint": belongs_to,
                 "label_words": self.task.words, "kept": {name: int(mask.count_nonzero()) for name, mask in masks.items()},
                 "settings": self.settings(), **self.state["best"]})
@@ -493,7 +499,7 @@ class Run:
         self.state = header["state"]
         mask_path = Path(self.args.out) / "mask.safetensors"
         if mask_path.exists():  # it may have been saved after the checkpoint: then the best is what is on disk
-            about = smp.load_masks(mask_path)[1]
+            about = data.load_masks(mask_path)[1]
             if about["step"] > self.state["step"]:
                 self.state["best"] = {key: about[key] for key in ("step", "epoch", "sparsity", "metrics")}
         torch.set_rng_state(tensors.pop("rng.cpu"))
@@ -549,18 +555,17 @@ def train(args):
 
         saved, cost = time.monotonic(), 0.0
         first, begun = state["step"], time.monotonic()
-        prunable_weights = sum(layer.weight.numel() for layer in run.layers.values())
         with tqdm(total=args.steps, initial=first, desc=args.method, dynamic_ncols=True, bar_format=BAR) as bar:
             for batch in batches_from(first, run.train_set, args):
                 try:
                     loss = run.train_step(batch)
                     step = state["step"]
                     if step % 20 == 0 or step == args.steps:  # not always, since reading the loss waits for the device
-                        if not math.isfinite(loss.item()):
-                            raise FloatingPointError(f"the loss is {loss.item()}, the run has diverged")
-                        pruned = sum(layer.weight.numel() - layer.n_keep for layer in run.layers.values())
+                        if not math.isfinite(loss.item()) or not run.finite:
+                            what = f"the loss is {loss.item()}" if run.finite else "nan or inf among the scores"
+                            raise FloatingPointError(f"{what}, the run has diverged")
                         speed = (step - first) * args.batch_size / (time.monotonic() - begun)
-                        bar.set_postfix_str(f"loss {loss.item():.3f}  sparsity {pruned / max(prunable_weights, 1):.3f}  "
+                        bar.set_postfix_str(f"loss {loss.item():.3f}  sparsity {sparsity_of(masks_of(run.layers)):.3f}  "
                                             f"lr {run.optimizer.param_groups[0]['lr']:.1e}  {speed:.0f} ex/s", refresh=False)
                         bar.update(step - bar.n)
                     if step % args.eval_every == 0 or step == args.steps:
@@ -585,7 +590,7 @@ def train(args):
         best, last = state["best"], state["last"]
         changed = changed_tensors(run.model, run.base)
         final = {"metrics": best["metrics"], "best": best, "last": last, "frozen_unchanged": not changed}
-        masks = smp.load_masks(out / "mask.safetensors")[0] if run.layers else {}  # what is counted is what is on disk
+        masks = data.load_masks(out / "mask.safetensors")[0] if run.layers else {}  # what is counted is what is on disk
         if masks:
             final["kept"], final["total"] = count(masks)
         final["new_bits"] = new_bits(run.model, masks)
@@ -746,7 +751,7 @@ def use_masks(given):
     if given.export and (Path(given.export) / "model.safetensors").exists() and not given.overwrite:
         raise FileExistsError(f"{given.export}: holds a model already; give --overwrite, or another folder")
     for path in given.eval or given.predict:
-        masks, about = smp.load_masks(path)
+        masks, about = data.load_masks(path)
         known = isinstance(about, dict) and all(isinstance(about.get(key), str) for key in ("task", "base", "fingerprint"))
         how = {"max_length", "precision", "data"}
         if not known or about["task"] not in data.TASKS or not how <= set(about.get("settings") or ()):
@@ -993,7 +998,7 @@ def timed_rounds(run, dense):
             for p in group["params"]:
                 p.grad = torch.zeros_like(p)
         ms |= {"ratio": ms["smp_ms"] / ms["dense_ms"],
-               "mask_ms": clock(lambda: (run.set_keep(), masks_of(run.layers)), args),
+               "mask_ms": clock(run.set_masks, args),
                "regularizer_ms": clock(lambda: smp.add_regularizer_gradient(scores, 0.0), args),
                "optimizer_ms": clock(run.optimizer.step, args)}
         run.optimizer.zero_grad()
