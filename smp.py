@@ -362,18 +362,18 @@ def prune(model, names, init="zero"):
 
 
 @torch.no_grad()
-def choose_masks(layers, sparsity, rule="smp-s", tau=0.1):
+def choose_masks(layers, sparsity, rule="smp-s", tau=0.1, wait=None):
     """Gives each of {name: MaskedLinear} the mask that its scores of now, a sparsity and a rule come to. The whole method is a
     loop over this, forwards, backwards, a step of the optimiser. Returns whether all scores are finite, a bool 0-dim tensor.
 
-    To look at a number on a GPU is to wait until it has done all that it was asked to. So there matrices of one size are
-    stacked and nothing is looked at (except by the rule "global"), and whoever looks at the loss should look at what is
-    returned too. On a CPU, where a look is free, nan or inf raise FloatingPointError at once."""
+    To look at a number on a GPU is to wait until it has done all that it was asked to. So there, unless told to wait, it
+    stacks matrices of one size and looks at nothing (but for the rule "global"); whoever looks at the loss should look at what
+    is returned too. On a CPU, where a look is free, nan or inf raise FloatingPointError at once. The masks are the same."""
     scores = {name: layer.scores for name, layer in layers.items()}
     counts, finite = keep_counts(scores, sparsity, rule, tau), []
     for n in {s.numel() for s in scores.values()}:
         group = [name for name in scores if scores[name].numel() == n]
-        if scores[group[0]].device.type == "cpu":
+        if wait or wait is None and scores[group[0]].device.type == "cpu":
             masks = [_topk(scores[name].flatten(), int(counts[name]), layers[name].past) for name in group]
         else:
             stack = torch.stack([scores[name].flatten() for name in group])

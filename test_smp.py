@@ -221,6 +221,23 @@ def test_masks_are_exact_wherever_the_last_thresholds_point(move):
             scores.copy_(0.02 * (torch.rand(scores.shape, generator=g) - 0.5).sign())
 
 
+@pytest.mark.parametrize("rule", list(smp.RULES))
+@pytest.mark.parametrize("device", ["cpu", "cuda"][:1 + torch.cuda.is_available()])
+def test_masks_are_the_same_whether_or_not_one_waits_for_them(rule, device):
+    model = tiny_bert().to(device)
+    layers = smp.prune(model, prunable(model), "random")
+    assert smp.choose_masks(layers, 0.6, rule, 0.6, wait=True)
+    waited = {name: layer.mask for name, layer in layers.items()}
+    assert smp.choose_masks(layers, 0.6, rule, 0.6, wait=False)
+    assert all(torch.equal(layer.mask, waited[name]) for name, layer in layers.items())
+    assert len({int(mask.count_nonzero()) for mask in waited.values()}) > 1
+
+    layers["layers.1.K"].scores.data[0, 0] = math.nan
+    assert not smp.choose_masks(layers, 0.6, "smp-l", wait=False)
+    with pytest.raises(FloatingPointError, match="diverged"):
+        smp.choose_masks(layers, 0.6, "smp-l", wait=True)
+
+
 def test_thresholds_that_move_evenly_are_foreseen():
     flat = torch.randn(70_000)
     thresholds = [(flat - 0.01 * step).kthvalue(60_000).values.item() for step in range(3)]
@@ -413,7 +430,7 @@ def test_what_does_not_fit_goes_to_the_others_of_the_type():
 
 
 def test_the_largest_fraction_gets_the_weight_that_rounding_left():
-    """9 of 12, the first matrix whole, 3.2 and 1.8 for the others: 4, 3, 2, not 5, 3, 1."""
+    """9 of 12, the first matrix whole, 3.3 and 1.7 for the others: 4, 3, 2, not 5, 3, 1."""
     scores = {"0.Q": torch.full((4,), 9.0), "1.Q": torch.full((4,), -2.1), "2.Q": torch.full((4,), -2.78)}
     assert smp.keep_counts(scores, 0.25, "smp-s") == {"0.Q": 4, "1.Q": 3, "2.Q": 2}
 
