@@ -3,7 +3,8 @@
 One table, TASKS, holds all that differs between the nine tasks (and the demo, a tenth). A task
 becomes text (read_split), text becomes token ids in one call of the tokenizer (encode), ids become
 batches of about equal length (batches), and logits become the numbers that GLUE reports
-(evaluate_metrics). Where the files are missing, ensure() gets them from their official places.
+(evaluate_metrics). Where the files are missing, ensure() gets them from their official places. What
+a task ships is written here too: submission files for GLUE's site, and the mask (save_masks).
 
 Letters:  N examples   B batch   T tokens, of the longest member of a batch   C classes
 """

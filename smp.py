@@ -66,7 +66,7 @@ def topk_mask(scores, n_keep):
     Raises ValueError for an n_keep outside [0, n], FloatingPointError for nan or inf in scores."""
     if not 0 <= n_keep <= scores.numel():
         raise ValueError(f"n_keep is {n_keep}; expected 0 to {scores.numel()}, the number of scores")
-    return StraightThrough.apply(scores, _topk(scores.detach().flatten(), n_keep).view(scores.shape))
+    return StraightThrough.apply(scores, _topk(scores.detach().flatten(), n_keep, [], scores.dtype).view(scores.shape))
 
 
 def threshold_mask(scores, tau):
@@ -74,25 +74,24 @@ def threshold_mask(scores, tau):
     return StraightThrough.apply(scores, torch.sigmoid(scores.detach()) > tau)
 
 
-def _topk(flat, n_keep, past=None):
-    """Flat scores (n,) -> mask (n,), bool. Where scores start from zero, ties are the rule: after Adam's first step
+def _topk(flat, n_keep, past, dtype=torch.bool):
+    """Flat scores (n,) -> mask (n,) of a dtype. Where scores start from zero, ties are the rule: after Adam's first step
     every score is +-lr, and weights without a task gradient stay equal for ever. past is a list of the last two
     thresholds of this matrix, for a good guess at the next, and is kept up to date."""
     if not math.isfinite(flat.sum()) and not flat.isfinite().all():  # a sum can also just be too large
         raise FloatingPointError("nan or inf among the scores: the run has diverged")
     if n_keep in (0, len(flat)):
-        return torch.full_like(flat, n_keep > 0, dtype=torch.bool)
-    threshold, at_least = _kth_largest(flat, n_keep, past or ())
-    if past is not None:
-        past[:] = past[-1:] + [float(threshold)]
-    mask = flat >= threshold
+        return torch.full_like(flat, n_keep > 0, dtype=dtype)
+    threshold, at_least = _kth_largest(flat, n_keep, past)
+    past[:] = past[-1:] + [float(threshold)]
+    mask = torch.ge(flat, threshold, out=torch.empty_like(flat, dtype=dtype))
     if surplus := at_least - n_keep:  # the last ties must go: find the first of them, halving the stretch it is in
         ties, start, end = flat == threshold, 0, len(flat)
         while end - start > 1:
             middle = (start + end) // 2
             behind = int(ties[middle:end].count_nonzero())
             start, end, surplus = (middle, end, surplus) if behind >= surplus else (start, middle, surplus - behind)
-        mask[start:] = flat[start:] > threshold
+        torch.gt(flat[start:], threshold, out=mask[start:])
     return mask
 
 
@@ -102,15 +101,15 @@ def _kth_largest(flat, k, past):
     Guess a bracket. Counting what lies above and inside proves it, and from the few inside the answer is selected.
     A bracket that missed costs time, never truth: the next one, or kthvalue over all, says the same, only later."""
     n, above = len(flat), 0
-    for high, low in _brackets(flat, k, past) if n > 16384 and n % 8 == 0 else ():
+    for high, low in _brackets(flat, k, past) if n > 16384 and n % 8 == 0 else ():  # eights, see below
         over, least = flat > high, flat >= low
         n_over, n_least = torch.stack([over.count_nonzero(), least.count_nonzero()]).tolist()
         if n_over < k <= n_least:
             if low == high:
                 return low, n_least
             eights = (over ^ least).view(torch.int64)  # few flags are set: eight bools, seen as one number, are mostly 0
-            some = eights.nonzero()[:, 0]
-            flat = flat.view(-1, 8).index_select(0, some).view(-1)[eights.index_select(0, some).view(torch.bool)]
+            hits = eights.nonzero()[:, 0]
+            flat = flat.view(-1, 8).index_select(0, hits).view(-1)[eights.index_select(0, hits).view(torch.bool)]
             above = n_over
             break
     threshold = flat.kthvalue(len(flat) - (k - above) + 1).values
@@ -118,9 +117,9 @@ def _kth_largest(flat, k, past):
 
 
 def _brackets(flat, k, past):
-    """Guesses (high, low) at the k-th largest of (n,) values, the cheaper first. In training thresholds move evenly: the
-    next lies between the last and twice its last move from there, 19 times in 20. And a sample, every 127th value (a prime: a
-    rounder stride would see but a few columns of a matrix), says it within 3 standard errors of a rank to either side."""
+    """Guesses (high, low) at the k-th largest of (n,) values, the cheaper first. In training thresholds move evenly: 19
+    times in 20 the next is the last plus 0 to 2 times its last move. And a sample, every 127th value (a prime: a rounder
+    stride would see but a few columns of a matrix), says it within 3 standard errors of a rank to either side."""
     if len(past) == 2:
         there = past[1] + 2 * (past[1] - past[0])
         yield max(past[1], there), min(past[1], there)
@@ -131,11 +130,11 @@ def _brackets(flat, k, past):
 
 
 def _topk_bitwise(stack, n_keep):
-    """The same for R matrices of one size, float32 (R, n) and counts (R, 1) -> (R, n) bool, without a look at any number.
+    """_topk for m matrices of one size, float32 (m, n) and counts (m, 1) -> bool (m, n), with no number read by the host.
 
-    Read as whole numbers, floats keep their order, once the bits of the negative ones are flipped. So the threshold can be put
-    together from its highest bit down: a bit is set if with it there are still n_keep scores as large. 32 passes, whatever
-    the scores: on a CPU a bracket is fifteen times as fast, but on a GPU it would make the host wait."""
+    Read as int32, floats keep their order, once all bits but the sign of the negative ones are flipped. So a threshold can be
+    built from its highest bit down: a bit is set if at least n_keep scores still reach the threshold with it. 32 passes,
+    whatever the scores: on a CPU a bracket is fifteen times as fast, but on a GPU it would make the host wait."""
     keys = (stack + 0.0).view(torch.int32)  # + 0.0 makes 0.0 of a -0.0
     keys ^= (keys >> 31) & 0x7FFFFFFF
     threshold = torch.full_like(n_keep, -2 ** 31, dtype=torch.int32)
@@ -143,7 +142,9 @@ def _topk_bitwise(stack, n_keep):
         enough = (keys >= threshold ^ bit).sum(1, keepdim=True) >= n_keep
         threshold = torch.where(enough, threshold ^ bit, threshold)
     above, ties = keys > threshold, keys == threshold
-    return above | ties & (ties.cumsum(1, dtype=torch.int32) <= n_keep - above.sum(1, keepdim=True))
+    nth = ties.flatten().cumsum(0, dtype=torch.int32).view(ties.shape)  # one long scan: a GPU is slow at a few short ones
+    nth -= nth[:, :1] - ties[:, :1].int()
+    return above | ties & (nth <= n_keep - above.sum(1, keepdim=True))
 
 
 # ---- Rules: how many weights each matrix keeps (Table 3, Eq. 4) -----------------------------
@@ -160,7 +161,7 @@ def keep_counts(scores, sparsity, rule, tau=0.1):
     """How many weights each matrix keeps: {name: scores} -> {name: count, a 0-dim tensor where the scores are}.
 
     All four masking functions of Table 3 ask for the largest scores of a matrix and differ only in how far down they go. So
-    here is the whole of a rule: a count for each matrix; topk_mask does the rest. The counts sum to exactly
+    here is the whole of a rule: a count for each matrix; choose_masks does the rest. The counts sum to exactly
     round((1 - sparsity) * N), except under "threshold", the mask of soft movement pruning, which in the paper does not
     converge while the weights are frozen.
 
@@ -171,8 +172,7 @@ def keep_counts(scores, sparsity, rule, tau=0.1):
     of its weights (the paper writes v for k here, and in Eq. 5 for the sparsity). That is more than there are where R(S_l) is
     over 1/k times the mean, which happens early on the ramp of every run, k being near 1 there. The original code then keeps
     too little in all; here such a matrix is kept whole and the others of its type share the rest. (Where sizes differ within
-    a type, shares go by n_l R(S_l).) Raises ValueError for an unknown rule or a sparsity outside [0, 1]; nan is
-    left to whoever makes the masks."""
+    a type, shares go by n_l R(S_l).) Raises ValueError for an unknown rule or a sparsity outside [0, 1]."""
     if rule not in RULES:
         raise ValueError(f"rule is {rule!r}; expected one of {', '.join(RULES)}")
     if not 0 <= sparsity <= 1:
@@ -181,7 +181,7 @@ def keep_counts(scores, sparsity, rule, tau=0.1):
     size = {name: s.numel() for name, s in scores.items()}
     total = round((1 - sparsity) * sum(size.values()))  # round, since int((1 - 0.9) * 10) is 0
     if rule == "threshold":
-        return {name: threshold_mask(s, tau).count_nonzero() for name, s in scores.items()}
+        return {name: (torch.sigmoid(s) > tau).count_nonzero() for name, s in scores.items()}
     if rule == "global":
         everything = torch.cat([s.flatten() for s in scores.values()])
         parts = topk_mask(everything, total).split(list(size.values()))
@@ -191,12 +191,13 @@ def keep_counts(scores, sparsity, rule, tau=0.1):
     for kind in dict.fromkeys(name.rpartition(".")[2] for name in scores):
         peers = [name for name in scores if name.rpartition(".")[2] == kind]
         to_share = (1 - sparsity) * sum(size[name] for name in peers)
+        # By full: to copy a list of numbers to a GPU would make the host wait.
         n = torch.stack([torch.full((), size[name], dtype=torch.float64, device=scores[name].device) for name in peers])
         R = torch.ones_like(n)  # SMP-L is SMP-S with all R equal
-        if rule == "smp-s":  # a sigmoid that underflowed still has its place in the queue
-            R = torch.stack([importance(scores[name]) for name in peers]).double().clamp(min=1e-30)
-        # Keep the j with the largest R whole, and the others share what is left, at a scale. The right j is that of the largest
-        # scale: with any other, some matrix takes more than its min(1, scale * R), and less is left to share.
+        if rule == "smp-s":  # no 0, for shares divide by it, and no nan: that is for the mask of its own matrix to find
+            R = torch.stack([importance(scores[name]) for name in peers]).double().nan_to_num().clamp(min=1e-45)
+        # Were the j with the largest R kept whole and the others at scale * R, that would be sum n min(1, scale * R) or more,
+        # for any j, and just that for the right one: so the right scale is the largest.
         ordered, order = R.sort(descending=True, stable=True)
         whole = n[order].cumsum(0) - n[order]
         scale = ((to_share - whole) / (n[order] * ordered).flip(0).cumsum(0).flip(0)).amax()
@@ -316,8 +317,8 @@ class MaskedLinear(nn.Module):
 
     weight (out, in) and bias (out,) are those of the linear it replaces, bit for bit; scores (out, in) is the one trainable
     parameter. (The methods SMP is compared with thaw the weight: what it then gets is dL/dW = dL/dW' * M, nothing where it
-    is pruned.) mask, bool (out, in), keeps all weights until choose_masks has been called, and is to be chosen anew
-    whenever scores have moved."""
+    is pruned.) mask, bool (out, in), keeps all weights until choose_masks is called, and has to be chosen anew
+    whenever scores have moved, or been loaded (it is not in the state_dict)."""
 
     def __init__(self, linear, init):
         super().__init__()
@@ -363,25 +364,26 @@ def prune(model, names, init="zero"):
 
 @torch.no_grad()
 def choose_masks(layers, sparsity, rule="smp-s", tau=0.1, wait=None):
-    """Gives each of {name: MaskedLinear} the mask that its scores of now, a sparsity and a rule come to. The whole method is a
-    loop over this, forwards, backwards, a step of the optimiser. Returns whether all scores are finite, a bool 0-dim tensor.
+    """Gives each of {name: MaskedLinear} the mask that its present scores, the sparsity and the rule call for. The whole method
+    is a loop over this, forwards, backwards, a step of the optimiser. Returns whether all scores are finite, a bool tensor.
 
-    To look at a number on a GPU is to wait until it has done all that it was asked to. So there, unless told to wait, it
-    stacks matrices of one size and looks at nothing (but for the rule "global"); whoever looks at the loss should look at what
-    is returned too. On a CPU, where a look is free, nan or inf raise FloatingPointError at once. The masks are the same."""
+    Reading a number off a GPU makes the host wait for all that is queued there. So there, unless wait is True, matrices of one
+    size are stacked and nothing is read (but under "global"); check what is returned whenever you read the loss. On a CPU
+    reading is free, and nan or inf raise FloatingPointError at once."""
     scores = {name: layer.scores for name, layer in layers.items()}
-    counts, finite = keep_counts(scores, sparsity, rule, tau), []
+    device = next(iter(scores.values())).device
+    counts, finite = keep_counts(scores, sparsity, rule, tau), torch.ones((), dtype=torch.bool, device=device)
     for n in {s.numel() for s in scores.values()}:
         group = [name for name in scores if scores[name].numel() == n]
-        if wait or wait is None and scores[group[0]].device.type == "cpu":
+        if wait or wait is None and device.type == "cpu":
             masks = [_topk(scores[name].flatten(), int(counts[name]), layers[name].past) for name in group]
         else:
             stack = torch.stack([scores[name].flatten() for name in group])
-            finite += [end.isfinite() for end in stack.aminmax()]
+            finite &= torch.stack(stack.aminmax()).isfinite().all()
             masks = _topk_bitwise(stack, torch.stack([counts[name] for name in group])[:, None])
         for name, mask in zip(group, masks):
             layers[name].mask = mask.view(scores[name].shape)
-    return torch.stack(finite).all() if finite else torch.tensor(True)
+    return finite
 
 
 @contextlib.contextmanager

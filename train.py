@@ -91,8 +91,8 @@ def number(low, high, kind=float, closed=True):
 def device(string):
     """An argparse type: the name of a device that works on this machine."""
     try:
-        torch.zeros(1, device=string).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises either for a device it was not built for
+        torch.zeros(1, dtype=torch.float64, device=string).item()  # in which shares are counted
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:  # torch raises any of them, by the device
         reason = str(error).partition("\n")[0]
         raise argparse.ArgumentTypeError(f"no device {string!r} here ({reason})") from None
     return string
