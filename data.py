@@ -43,7 +43,7 @@ class Task:
     metrics: tuple
     dev: tuple = ("dev",)            # names of the dev files
     test: tuple = ("test",)
-    columns: tuple = ()              # of train and dev where these have no header line (CoLA, whose test file has one)
+    columns: tuple = ()              # of train and dev where their first line is an example, no header (CoLA; its test has one)
     archive: str = ""                # its zip below GLUE_URL/glue/data/
     skip_short_lines: bool = False   # QQP's official train file has a few
     lengths: tuple = ()              # of train's examples, in tokens: shortest, nine deciles, longest (for benchmarks)

@@ -12,11 +12,11 @@ and the backward pass treats the mask as if it were the score itself (straight-t
 
 dL/dW' is the output's gradient times the input; the mask is not in it, so a pruned weight hears it too.
 
-Descent on S thus adds up -dL/dW' * W (Eq. 3; Adam rescales it), the "movement" of a weight that never moves: its
-score rises while descent, if it were let, would drive it away from zero, and falls while it would drive it to zero.
-(|W| could not be the score: it never changes, and neither would the mask.) W, the biases, the LayerNorms, the embeddings
-and the head stay as they were pre-trained. Learning the scores is all the learning there is, and a task adds one bit a
-weight: 10.6 MB for the 84,934,656 prunable ones of BERT-base. Nothing gets faster: a zero is multiplied like any number.
+Descent on S thus adds up -dL/dW' * W (Eq. 3; Adam rescales it), the "movement" of a weight that never moves: its score
+rises while descent, if it were let, would drive it away from zero, and falls while it would drive it to zero. (|W| can be
+where scores start, not the score: it never changes, and neither would the mask.) W, the biases, the LayerNorms, the
+embeddings and the head stay as they were pre-trained. Learning the scores is all the learning there is, and a task adds one
+bit a weight: 10.6 MB (85 as bools) for the 84,934,656 prunable ones of BERT-base. No step gets faster: a 0 is multiplied too.
 
 Read on in the order in which a step needs it:
 
@@ -170,9 +170,9 @@ def keep_counts(scores, sparsity, rule, tau=0.1):
         k_l = k * L * R(S_l) / sum_j R(S_j),     k = 1 - sparsity,  R(S) = mean of sigmoid(S)    (Eq. 4)
 
     of its weights (the paper writes v for k here, and in Eq. 5 for the sparsity). That is more than there are where R(S_l) is
-    over 1/k times the mean, which happens early on the ramp of every run, k being near 1 there. The original code then keeps
-    too little in all; here such a matrix is kept whole and the others of its type share the rest. (Where sizes differ within
-    a type, shares go by n_l R(S_l).) Raises ValueError for an unknown rule or a sparsity outside [0, 1]."""
+    over 1/k times the mean: early on the ramp of every run, k being near 1 there, and never with k <= 1/L. The original code
+    cuts off the excess and keeps too little; here such a matrix is kept whole and the others of its type share the rest.
+    (Where sizes differ, shares go by n_l R(S_l).) Raises ValueError for an unknown rule or a sparsity outside [0, 1]."""
     if rule not in RULES:
         raise ValueError(f"rule is {rule!r}; expected one of {', '.join(RULES)}")
     if not 0 <= sparsity <= 1:
@@ -214,9 +214,9 @@ def keep_counts(scores, sparsity, rule, tau=0.1):
 
 def importance(scores):
     """R(S) of one matrix: the mean of sigmoid(S), in (0, 1), a scalar tensor. The paper writes a sum, which would pull n times
-    as hard (589,824 times for a Q of BERT-base); its lambda = 400 is on the scale of the mean, which its code takes. (Unsaid
-    in the paper, that code also divides S by 4 where 70 or 80 % are kept, and by 3 for MNLI at 50 %. It brings the R of the
-    matrices closer together, so that Eq. 4 less often asks for more than all. With shares that are capped it is not needed.)"""
+    as hard (a score 0 of a Q of BERT-base by 1.4, not 2.4e-6); its lambda = 400 is meant for the mean, which its code takes.
+    (Unsaid in the paper, that code also divides S by 4 where 70 or 80 % are kept, and by 3 for MNLI at 50 %. It brings the R of
+    the matrices closer together, so that Eq. 4 less often asks for more than all. With capped shares it is not needed.)"""
     return torch.sigmoid(scores).mean(dtype=torch.promote_types(scores.dtype, torch.float32))
 
 
@@ -230,7 +230,7 @@ def sparsity_at(step, ramp_steps, target):
     Fast at first, while there is plenty to drop, slow near the end. With 0 ramp_steps the target holds from step 0 on. After N
     the number of kept weights is fixed, but not which ones. To keep 50 % or less, N is 3,500 in the paper; in its code it is
     the run's steps minus 30,000, negative on small tasks (MRPC: 6,900 - 30,000), where it crashes. In train.py it is a
-    fraction of the run, whatever its length, so that the target is always reached. (To keep over 70 %, the paper takes 7
+    fraction of the run, so that no run ends before its target, too dense. (To keep over 70 %, the paper takes 7
     epochs, its code 3,500 or 5,250 steps.)
         sparsity_at(0, 100, 0.9) -> 0     sparsity_at(50, 100, 0.9) -> 0.7875     sparsity_at(100, 100, 0.9) -> 0.9"""
     if step >= ramp_steps:
@@ -269,9 +269,9 @@ def distillation_loss(student_logits, teacher_logits, temperature=2.0):
     """T^2 KL(teacher || student) of the softened distributions softmax(logits / T), logits (B, C),
     summed over classes, mean over the batch. T^2 keeps the gradient's size the same for every T.
 
-    Eq. 7 is KL(student || teacher), without a T; the authors' code, like movement pruning before it, computes this one,
-    which makes the student cover all that the teacher holds possible. One logit has no distribution: a regression takes
-    the squared difference of the outputs."""
+    Eq. 7 is KL(student || teacher), without a T; the authors' code, like movement pruning before it, computes this one (with
+    T = 2, a = 1/2), which makes the student cover all that the teacher holds possible. One logit has no distribution: a
+    regression takes the squared difference of the outputs."""
     if student_logits.shape[1] == 1:
         return F.mse_loss(student_logits, teacher_logits)
     student = F.log_softmax(student_logits / temperature, dim=1)

@@ -402,8 +402,8 @@ class Run:
             # Set at the first batch. A regression's first gradients only find its mean: there the smallest so far counts.
             if args.lam is None and step <= (args.steps // 20 if self.task.regression else 0):
                 self.state["lam"] = min(self.state["lam"] or math.inf, smp.balanced_lambda(scores, args.pull))
-            # The paper ramps lambda with the sparsity, v_t / v_f; its code, and this, by the same cubic
-            # over the whole run, 1 - (1 - t/T)^3.
+            # The paper ramps lambda with the sparsity, v_t / v_f, full at N; its code, and this, by the same cubic over
+            # the whole run, 1 - (1 - t/T)^3, so that the pull still grows while the mask settles.
             ramp = smp.sparsity_at(step, args.steps, 1.0)
             smp.add_regularizer_gradient(scores, self.state["lam"] * ramp)
         for group in self.optimizer.param_groups:
@@ -1056,7 +1056,7 @@ def matrix_rate(args):
 
 def run_seeds(args):
     """One run for each seed; returns the metrics of the one, or of several their mean and spread. One says
-    little of a small task: on MRPC the paper's own seeds have a standard deviation of 1.2 points. What to
+    little of a small task: on MRPC the paper's own seeds have a standard deviation of 1.2 points (mean 87.0, 80 % kept). What to
     report is the mean of `last`: `best` was chosen on the very examples it is measured on."""
     out = args.out or f"runs/{args.task}-{args.method}-{args.sparsity:g}"
     alone = args.out and len(args.seed) == 1
