@@ -61,7 +61,7 @@ METHODS = {        # where the scores come from, the rule that counts them (smp.
 }
 SIZES = {"tiny": (2, 256, 4), "mini": (6, 384, 12), "base": (12, 768, 12), "large": (24, 1024, 16)}  # layers, hidden size, heads
 TYPES = "QKVOUD"
-BAR = "{desc:<12}{n:>6}/{total} |{bar}| {postfix} {remaining} left"
+BAR = "{desc:<12}{n:>6}/{total} |{bar}|{postfix} {remaining} left"
 SHADES = " ░▒▓█"
 
 
