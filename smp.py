@@ -196,8 +196,8 @@ def keep_counts(scores, sparsity, rule, tau=0.1):
         R = torch.ones_like(n)  # SMP-L is SMP-S with all R equal
         if rule == "smp-s":  # no 0, for shares divide by it, and no nan: that is for the mask of its own matrix to find
             R = torch.stack([importance(scores[name]) for name in peers]).double().nan_to_num().clamp(min=1e-45)
-        # Were the j with the largest R kept whole and the others at scale * R, that would be sum n min(1, scale * R) or more,
-        # for any j, and just that for the right one: so the right scale is the largest.
+        # With the j largest R kept whole and the rest at scale * R, what is kept is sum n min(1, scale * R) or more, and for the
+        # right j just that. So of the scales at which it is to_share, one for each j, the largest is the right one.
         ordered, order = R.sort(descending=True, stable=True)
         whole = n[order].cumsum(0) - n[order]
         scale = ((to_share - whole) / (n[order] * ordered).flip(0).cumsum(0).flip(0)).amax()
