@@ -181,7 +181,7 @@ def keep_counts(scores, sparsity, rule, tau=0.1):
     size = {name: s.numel() for name, s in scores.items()}
     total = round((1 - sparsity) * sum(size.values()))  # round, since int((1 - 0.9) * 10) is 0
     if rule == "threshold":
-        return {name: (torch.sigmoid(s) > tau).count_nonzero() for name, s in scores.items()}
+        return {name: threshold_mask(s, tau).count_nonzero() for name, s in scores.items()}
     if rule == "global":
         everything = torch.cat([s.flatten() for s in scores.values()])
         parts = topk_mask(everything, total).split(list(size.values()))
@@ -371,17 +371,17 @@ def choose_masks(layers, sparsity, rule="smp-s", tau=0.1, wait=None):
     size are stacked and nothing is read (but under "global"); check what is returned whenever you read the loss. On a CPU
     reading is free, and nan or inf raise FloatingPointError at once."""
     scores = {name: layer.scores for name, layer in layers.items()}
-    device = next(iter(scores.values())).device
-    counts, finite = keep_counts(scores, sparsity, rule, tau), torch.ones((), dtype=torch.bool, device=device)
+    counts, device = keep_counts(scores, sparsity, rule, tau), next(iter(scores.values())).device
+    finite = torch.ones((), dtype=torch.bool, device=device)
+    if wait or wait is None and device.type == "cpu":
+        for name, layer in layers.items():
+            layer.mask = _topk(layer.scores.flatten(), int(counts[name]), layer.past).view(layer.scores.shape)
+        return finite
     for n in {s.numel() for s in scores.values()}:
         group = [name for name in scores if scores[name].numel() == n]
-        if wait or wait is None and device.type == "cpu":
-            masks = [_topk(scores[name].flatten(), int(counts[name]), layers[name].past) for name in group]
-        else:
-            stack = torch.stack([scores[name].flatten() for name in group])
-            finite &= torch.stack(stack.aminmax()).isfinite().all()
-            masks = _topk_bitwise(stack, torch.stack([counts[name] for name in group])[:, None])
-        for name, mask in zip(group, masks):
+        stack = torch.stack([scores[name].flatten() for name in group])
+        finite &= torch.stack(stack.aminmax()).isfinite().all()
+        for name, mask in zip(group, _topk_bitwise(stack, torch.stack([counts[name] for name in group])[:, None])):
             layers[name].mask = mask.view(scores[name].shape)
     return finite
 

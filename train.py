@@ -312,7 +312,7 @@ def masks_of(layers):
 
 def count(masks):
     """(weights kept, weights in all), counted from the masks themselves."""
-    return sum(int(mask.count_nonzero()) for mask in masks.values()), sum(mask.numel() for mask in masks.values())
+    return int(sum(mask.count_nonzero() for mask in masks.values())), sum(mask.numel() for mask in masks.values())
 
 
 def sparsity_of(masks):
@@ -367,7 +367,7 @@ class Run:
         if not groups:
             args.epochs = args.steps = args.ramp_steps = 0
         self.model.train()
-        self.finite = torch.tensor(True, device=args.device)  # all scores, at every step since somebody looked
+        self.finite = torch.tensor(True, device=args.device)  # all scores, at every step so far
         # "logged" is how many bytes of metrics.jsonl belong to the steps done.
         self.state = {"step": 0, "lam": args.lam, "best": None, "last": None, "logged": 0}
 
@@ -380,6 +380,11 @@ class Run:
                 layer.scores.data.copy_(layer.weight.detach().abs())
         sparsity = smp.sparsity_at(self.state["step"], self.args.ramp_steps, self.args.sparsity)
         self.finite = self.finite & smp.choose_masks(self.layers, sparsity, self.args.rule, self.args.tau)
+
+    def check_scores(self):
+        """Raises FloatingPointError if masks have been chosen by scores that are not finite. Waits for the device."""
+        if not self.finite:
+            raise FloatingPointError("nan or inf among the scores: the run has diverged")
 
     def task_gradient(self, batch):
         """One batch forwards and backwards, what the task asks for: returns the loss, a scalar tensor."""
@@ -417,8 +422,7 @@ class Run:
         """Evaluates what has been learned so far; saves it if it is the best. Returns the record."""
         args, state = self.args, self.state
         self.set_masks()
-        if not self.finite:
-            raise FloatingPointError("nan or inf among the scores: the run has diverged")
+        self.check_scores()
         masks = masks_of(self.layers)
         with smp.folded(self.layers, masks):
             metrics = evaluate(self.model, self.dev_sets, self.task, self.label_ids, args)
@@ -561,9 +565,9 @@ def train(args):
                     loss = run.train_step(batch)
                     step = state["step"]
                     if step % 20 == 0 or step == args.steps:  # not always, since reading the loss waits for the device
-                        if not math.isfinite(loss.item()) or not run.finite:
-                            what = f"the loss is {loss.item()}" if run.finite else "nan or inf among the scores"
-                            raise FloatingPointError(f"{what}, the run has diverged")
+                        run.check_scores()
+                        if not math.isfinite(loss.item()):
+                            raise FloatingPointError(f"the loss is {loss.item()}, the run has diverged")
                         speed = (step - first) * args.batch_size / (time.monotonic() - begun)
                         bar.set_postfix_str(f"loss {loss.item():.3f}  sparsity {sparsity_of(masks_of(run.layers)):.3f}  "
                                             f"lr {run.optimizer.param_groups[0]['lr']:.1e}  {speed:.0f} ex/s", refresh=False)
