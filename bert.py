@@ -4,29 +4,24 @@ The encoder of Devlin et al. 2018 (arXiv 1810.04805) from plain torch.nn parts, 
 which a sentence passes through it: embeddings, layers, and a head that reads an answer off [CLS].
 
 There is no classifier to train. The head is BERT's own masked-language-modelling (MLM) head, asked
-for a handful of *label words* in place of its whole vocabulary: a positive review is one at whose
-[CLS] the frozen head would rather write "great" than "terrible". (The paper prints the plain dot
-product of [CLS] with the words' embeddings; its code has the MLM transform in between, as here.)
+for a few *label words* in place of its whole vocabulary: a review is positive if the frozen head
+would rather write "great" than "terrible" at its [CLS].
 
-Letters:  B batch   T tokens   D hidden   H heads   F feed-forward   V vocabulary   C label words
+A checkpoint is a folder in the Hugging Face layout: config.json, model.safetensors, and the
+vocabulary, which data.py reads. NAMES and TIED translate between their tensor names and ours. A
+tensor that is neither in them nor in DROPPED is refused.
 
-The file on disk is the Hugging Face layout: a folder with config.json and model.safetensors (and
-the vocabulary, which data.py reads). NAMES and TIED below translate between their names and ours;
-a tensor that is neither in them nor in DROPPED, the list of what is not needed here, is refused.
+Letters: B batch, T tokens, C label words. Q K V O U D are the six matrices of a layer.
 """
 
 import dataclasses
 import json
-import math
-import os
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-
 
 # ---- The model ------------------------------------------------------------------------------
 
@@ -34,17 +29,16 @@ from torch import nn
 class Config:
     """The sizes of a BERT, under the keys that config.json has for them. The defaults are those
     of bert-base-uncased."""
-    vocab_size: int = 30522              # V
-    hidden_size: int = 768               # D
+    vocab_size: int = 30522
+    hidden_size: int = 768
     num_hidden_layers: int = 12
-    num_attention_heads: int = 12        # H
-    intermediate_size: int = 3072        # F
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
     max_position_embeddings: int = 512
     type_vocab_size: int = 2
-    layer_norm_eps: float = 1e-12        # not nn.LayerNorm's default, 1e-5
+    layer_norm_eps: float = 1e-12  # nn.LayerNorm's own default is 1e-5
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
-
 
 class Embeddings(nn.Module):
     """Token + position + segment, each a learned table, summed and normalised."""
@@ -57,17 +51,15 @@ class Embeddings(nn.Module):
         self.norm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
         self.dropout = nn.Dropout(c.hidden_dropout_prob)
 
-    def forward(self, input_ids, token_type_ids):               # (B, T), (B, T)
+    def forward(self, input_ids, token_type_ids):  # (B, T), (B, T)
         position = torch.arange(input_ids.shape[1], device=input_ids.device)
         x = self.word(input_ids) + self.position(position) + self.token_type(token_type_ids)
-        return self.dropout(self.norm(x))                       # (B, T, D)
-
+        return self.dropout(self.norm(x))  # (B, T, hidden)
 
 class Layer(nn.Module):
-    """One encoder layer: self-attention, then feed-forward; after each, dropout, the residual
-    and a LayerNorm (post-norm, as in 2018). Its six matrices carry the names that the pruning
-    literature gives them: Q K V O of the attention, U (up) and D (down) of the feed-forward. Its GELU
-    is the exact one, torch's default, not the approximation by tanh."""
+    """One encoder layer: self-attention, then feed-forward; after each, dropout, the residual and a
+    LayerNorm. Q K V O are the matrices of the attention, U (up) and D (down) of the feed-forward.
+    GELU is the exact one, torch's default, not the approximation by tanh."""
 
     def __init__(self, c):
         super().__init__()
@@ -82,20 +74,20 @@ class Layer(nn.Module):
         self.output_norm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
         self.dropout = nn.Dropout(c.hidden_dropout_prob)
 
-    def forward(self, x, mask):                                 # (B, T, D), (B, 1, 1, T) or None
-        def split(y):                                           # (B, T, D) -> (B, H, T, D/H)
+    def forward(self, x, mask):  # (B, T, hidden), (B, 1, 1, T) or None
+        def split(y):  # (B, T, hidden) -> (B, heads, T, hidden / heads)
             return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
         a = F.scaled_dot_product_attention(
             split(self.Q(x)), split(self.K(x)), split(self.V(x)), attn_mask=mask,
-            dropout_p=self.attention_dropout if self.training else 0.0)      # (B, H, T, D/H)
-        x = self.attention_norm(x + self.dropout(self.O(a.transpose(1, 2).flatten(2))))
-        return self.output_norm(x + self.dropout(self.D(F.gelu(self.U(x)))))  # (B, T, D)
-
+            dropout_p=self.attention_dropout if self.training else 0.0)
+        a = a.transpose(1, 2).flatten(2)  # (B, T, hidden)
+        x = self.attention_norm(x + self.dropout(self.O(a)))
+        return self.output_norm(x + self.dropout(self.D(F.gelu(self.U(x)))))
 
 class MLMHead(nn.Module):
-    """The transform in front of BERT's decoder. The decoder's matrix is the word embeddings
-    themselves (tied), so all that the head owns beside the transform is a bias a word."""
+    """The transform in front of BERT's decoder, and the decoder's bias. The decoder's matrix is the
+    word embeddings themselves (tied)."""
 
     def __init__(self, c):
         super().__init__()
@@ -103,15 +95,14 @@ class MLMHead(nn.Module):
         self.norm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(c.vocab_size))
 
-    def forward(self, h):                                       # (..., D) -> (..., D)
-        return self.norm(F.gelu(self.dense(h)))
-
+    def forward(self, hidden):  # (..., hidden) -> (..., hidden)
+        return self.norm(F.gelu(self.dense(hidden)))
 
 class Bert(nn.Module):
-    """A BERT of any size, weights drawn from a normal distribution, std 0.02.
+    """A BERT of any size, its weights drawn from a normal distribution.
 
-    With mlm_head=False (sentence encoders such as MiniLM ship without one) the label words' logits
-    are the plain dot product of the [CLS] state with their embeddings."""
+    With mlm_head=False (sentence encoders ship without one) the logits of words are the plain
+    product of the hidden state with their embeddings."""
 
     def __init__(self, config, mlm_head=True):
         super().__init__()
@@ -126,15 +117,13 @@ class Bert(nn.Module):
                 nn.init.zeros_(m.bias)
 
     def forward(self, input_ids, attention_mask=None, token_type_ids=None):
-        """Token ids (B, T), 1 for a token and 0 for padding (B, T), segment 0 or 1 (B, T) ->
-        last hidden states (B, T, D). Padding stands behind the text, no token attends to it, and only
-        [CLS] is read in the end: a sentence's logits do not depend on it, but for rounding. Without an
-        attention_mask every position counts, which spares the attention its slower masked path;
-        without segments all are 0."""
+        """Token ids (B, T), 1 for a token and 0 for padding (B, T), segments 0 or 1 (B, T) -> last
+        hidden states (B, T, hidden). No token attends to padding. Without an attention_mask, all
+        positions count; without segments, all are 0."""
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
         if attention_mask is not None:
-            attention_mask = attention_mask.bool()[:, None, None, :]         # (B, 1, 1, T)
+            attention_mask = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T)
         x = self.embeddings(input_ids, token_type_ids)
         for layer in self.layers:
             x = layer(x, attention_mask)
@@ -149,23 +138,22 @@ class Bert(nn.Module):
                 module.attention_dropout = p
 
     def label_logits(self, hidden, label_ids):
-        """Last hidden states (B, T, D), ids of the label words (C,) -> their logits at [CLS]
-        (B, C). Only these C rows of the tied decoder are multiplied, never all V."""
-        h = hidden[:, 0]                                        # [CLS] is the first token
-        words = self.embeddings.word.weight[label_ids]          # (C, D)
-        if self.mlm is None:
-            return F.linear(h, words)
-        return F.linear(self.mlm(h), words, self.mlm.bias[label_ids])
+        """Last hidden states (B, T, hidden), ids of the label words (C,) -> their logits at [CLS]
+        (B, C). Only these C rows of the decoder are multiplied."""
+        return self.mlm_logits(hidden[:, 0], label_ids)  # [CLS] is the first token
 
-    def mlm_logits(self, hidden):
-        """Hidden states (..., D) -> logits over the whole vocabulary (..., V), for pre-training."""
-        return F.linear(self.mlm(hidden), self.embeddings.word.weight, self.mlm.bias)
-
+    def mlm_logits(self, hidden, words=slice(None)):
+        """Hidden states (..., hidden) -> logits (..., words) over the whole vocabulary, or only for
+        the word ids that are given."""
+        decoder, bias = self.embeddings.word.weight[words], None
+        if self.mlm is not None:
+            hidden, bias = self.mlm(hidden), self.mlm.bias[words]
+        return F.linear(hidden, decoder, bias)
 
 # ---- Checkpoints ----------------------------------------------------------------------------
 
 # Hugging Face's module -> ours, "*" a layer's number. Read left to right to load, right to left
-# to save. (mlm owns a parameter named bias, and so `cls.predictions.bias` is `mlm.bias`.)
+# to save. `cls.predictions.bias` is `mlm.bias`.
 NAMES = {
     "bert.embeddings.word_embeddings":              "embeddings.word",
     "bert.embeddings.position_embeddings":          "embeddings.position",
@@ -188,8 +176,8 @@ TIED = {
     "cls.predictions.decoder.weight": "embeddings.word.weight",
     "cls.predictions.decoder.bias":   "mlm.bias",
 }
-# Tensors that a BERT file may hold and the method has no use for: a buffer that only counts
-# 0, 1, 2, ..., and the two heads of next-sentence prediction.
+# What a BERT file may hold and nothing here needs: a buffer that counts 0, 1, 2, ..., and the two
+# heads of next-sentence prediction.
 DROPPED = ("bert.embeddings.position_ids", "bert.pooler.dense.weight", "bert.pooler.dense.bias",
            "cls.seq_relationship.weight", "cls.seq_relationship.bias")
 # What a config.json may say beside the sizes, and the one value of each that this code computes.
@@ -197,15 +185,13 @@ FIXED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": 
          "is_decoder": False, "add_cross_attention": False, "tie_word_embeddings": True,
          "quantization_config": None}
 
-
 def _rename(name, table):
-    """One tensor's name through a module table, layer number and .weight/.bias carried along:
-    `bert.encoder.layer.3.attention.self.query.bias` <-> `layers.3.Q.bias`. None if unknown."""
+    """A tensor's name through a table of modules, None if unknown:
+    `bert.encoder.layer.3.attention.self.query.bias` <-> `layers.3.Q.bias`"""
     module, _, parameter = name.rpartition(".")
     number = next((part for part in module.split(".") if part.isdigit()), "*")
     ours = table.get(module.replace(f".{number}.", ".*."))
     return f"{ours.replace('*', number)}.{parameter}" if ours else None
-
 
 def our_name(name):
     """A checkpoint's tensor name in any of its spellings -> ours, or None if we know none.
@@ -214,109 +200,92 @@ def our_name(name):
         name = "bert." + name
     if name in TIED:
         return TIED[name]
-    name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+    name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+    name = name.replace("LayerNorm.beta", "LayerNorm.bias")
     return "dropped" if name in DROPPED else _rename(name, NAMES)
-
 
 def hf_name(name):
     """Our tensor name -> Hugging Face's: `layers.3.Q.weight` ->
     `bert.encoder.layer.3.attention.self.query.weight`"""
     return _rename(name, {ours: theirs for theirs, ours in NAMES.items()})
 
-
 def find_pretrained(name):
     """The local folder of a model: `name` itself if it is a folder, else that repository of the
-    Hugging Face hub in huggingface_hub's ordinary cache, downloaded (config, weights, vocabulary)
-    if it is not there. Raises FileNotFoundError where neither can be had."""
+    Hugging Face hub, downloaded to huggingface_hub's cache if it is not there. Raises
+    FileNotFoundError where neither can be had."""
     if Path(name).is_dir():
         return Path(name)
     print(f"{name} is not a folder here: looking for it on the Hugging Face hub")
     from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(str(name), allow_patterns=[
-            "config.json", "model.safetensors", "vocab.txt", "tokenizer.json", "tokenizer_config.json"]))
-    except Exception as error:  # the hub client raises a dozen kinds: bad name, no such repository, no network
+            "config.json", "model.safetensors", "vocab.txt", "tokenizer.json",
+            "tokenizer_config.json"]))
+    except Exception as error:  # the client raises a dozen kinds
         reason = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(
-            f"--model {name}: neither a local folder nor to be had from the hub ({reason}); give a folder "
-            f"that holds config.json, model.safetensors and vocab.txt or tokenizer.json") from error
+            f"{name}: neither a local folder nor to be had from the hub ({reason}); give a folder "
+            "with config.json, model.safetensors and vocab.txt or tokenizer.json") from error
 
+LARGEST_SIZE = 10_000_000  # of any dimension; larger than any BERT's vocabulary
 
 def read_config(path):
-    """config.json -> Config. Raises ValueError naming the key where one is missing or asks for a
-    BERT that is not this one."""
+    """config.json -> Config. Raises FileNotFoundError, and ValueError naming the key that is
+    missing or asks for a BERT that is not this one."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file; a model folder holds config.json, "
+                                "model.safetensors and vocab.txt or tokenizer.json")
     try:
         raw = json.loads(Path(path).read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); expected a model's config.json") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); expected a model's config") from None
     if not isinstance(raw, dict) or "model_type" not in raw:
-        raise ValueError(f"{path}: key model_type is missing; expected \"bert\"")
+        raise ValueError(f'{path}: key model_type is missing; expected "bert"')
     for key, value in FIXED.items():
         if raw.get(key, value) != value:
             raise ValueError(f"{path}: {key} is {raw[key]!r}; this code implements only {value!r}")
-    fields = {}
-    for field in dataclasses.fields(Config):
-        # Old configs leave out what was then a constant; a size that is missing is an error.
-        optional = field.type is float or field.name == "type_vocab_size"
-        value = raw.get(field.name, field.default if optional else None)
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not good or (field.type is int and (value != int(value) or value < 1)) \
-                or (field.type is float and not 0 <= value < 1):
-            raise ValueError(f"{path}: {field.name} is {value!r}; expected "
-                             + ("a positive integer" if field.type is int else "a number in [0, 1)"))
-        fields[field.name] = field.type(value)
+    fields = {field.name: _config_value(path, raw, field) for field in dataclasses.fields(Config)}
     if fields["hidden_size"] % fields["num_attention_heads"]:
         raise ValueError(f"{path}: hidden_size {fields['hidden_size']} is no multiple of "
                          f"num_attention_heads {fields['num_attention_heads']}")
     return Config(**fields)
 
+def _config_value(path, raw, field):
+    # Old configs leave out what was then a constant; a size that is missing is an error.
+    optional = field.type is float or field.name == "type_vocab_size"
+    value = raw.get(field.name, field.default if optional else None)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if field.type is float and is_number and 0 <= value < 1:
+        return float(value)
+    if field.type is int and is_number and 1 <= value <= LARGEST_SIZE and value == int(value):
+        return int(value)
+    expected = f"an integer from 1 to {LARGEST_SIZE:,}" if field.type is int else "one in [0, 1)"
+    raise ValueError(f"{path}: {field.name} is {value!r}; expected {expected}")
 
 def load_pretrained(folder):
     """A folder with config.json and model.safetensors -> Bert, float32, in eval mode.
 
-    Takes names with and without the `bert.` prefix, LayerNorm as gamma/beta or weight/bias, the
-    decoder stored or tied, the MLM head there or not. Raises FileNotFoundError for a missing file
-    and ValueError naming the tensor for one that is missing, surplus, of the wrong shape, not of
-    floating point or not finite. (A lenient load would leave a tensor of another name at random, and
-    since no weight is ever trained, nothing would mend it: the run would just score badly.)"""
-    folder = Path(folder)
-    config_path, path = folder / "config.json", folder / "model.safetensors"
-    for needed in (config_path, path):
-        if not needed.is_file():
-            raise FileNotFoundError(f"{needed}: no such file; a model folder holds config.json, "
-                                    "model.safetensors and vocab.txt or tokenizer.json")
-    config = read_config(config_path)
-    try:
-        stored = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error}); download or copy it again") from None
-
-    state, found_as = {}, {}
-    for name, tensor in stored.items():
-        ours = our_name(name)
-        if ours is None:
-            raise ValueError(f"{path}: tensor {name} has no place in a BERT encoder with an MLM head")
-        if ours == "dropped":
-            continue
-        if not tensor.is_floating_point():
-            raise ValueError(f"{path}: tensor {name} is {tensor.dtype}; expected floating point")
-        tensor = tensor.float()
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{path}: tensor {name} holds nan or inf; the file is damaged, get it again")
-        if ours in state and not torch.equal(state[ours], tensor):
-            raise ValueError(f"{path}: tensors {found_as[ours]} and {name} should be two copies of one "
-                             "(the decoder is tied to the embeddings), but they differ")
-        state[ours], found_as[ours] = tensor, name
-
-    with torch.device("meta"):  # the shapes without the memory or the time to draw random weights
+    Takes names with and without `bert.`, LayerNorm as gamma/beta or weight/bias, the decoder stored
+    or tied, the MLM head there or not. Raises FileNotFoundError for a missing file, ValueError
+    naming a tensor that is missing, surplus, of another shape, or not finite."""
+    path = Path(folder) / "model.safetensors"
+    config = read_config(path.with_name("config.json"))
+    state, found_as = _read_tensors(path)
+    # A number of layers that the file does not hold could take minutes to build.
+    held = {name.split(".")[1] for name in state if name.startswith("layers.")}
+    if config.num_hidden_layers > len(held):
+        raise ValueError(f"{path}: holds {len(held)} layers; config.json says num_hidden_layers "
+                         f"{config.num_hidden_layers}")
+    with torch.device("meta"):  # the shapes, without the memory or the time for random weights
         model = Bert(config, mlm_head=any(name.startswith("mlm.") for name in state))
     expected = model.state_dict()
     for name, tensor in expected.items():
         if name not in state:
             raise ValueError(f"{path}: tensor {hf_name(name)} is missing")
         if state[name].shape != tensor.shape:
-            raise ValueError(f"{path}: tensor {found_as[name]} has shape {tuple(state[name].shape)}; "
-                             f"config.json makes it {tuple(tensor.shape)}")
+            raise ValueError(f"{path}: tensor {found_as[name]} has shape "
+                             f"{tuple(state[name].shape)}; config.json makes it "
+                             f"{tuple(tensor.shape)}")
     surplus = [found_as[name] for name in state if name not in expected]
     if surplus:
         raise ValueError(f"{path}: tensor {surplus[0]} is surplus; config.json says "
@@ -324,16 +293,41 @@ def load_pretrained(folder):
     model.load_state_dict(state, assign=True)
     return model.eval()
 
+def _read_tensors(path):
+    """model.safetensors -> ({our name: float32 tensor}, {our name: the name in the file})."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; a model folder holds config.json, "
+                                "model.safetensors and vocab.txt or tokenizer.json")
+    try:
+        stored = load_file(path)
+    except Exception as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error}); get it again") from None
+    state, found_as = {}, {}
+    for name, tensor in stored.items():
+        ours = our_name(name)
+        if ours is None:
+            raise ValueError(f"{path}: tensor {name} has no place in a BERT with an MLM head")
+        if ours == "dropped":
+            continue
+        if not tensor.is_floating_point():
+            raise ValueError(f"{path}: tensor {name} is {tensor.dtype}; expected floating point")
+        tensor = tensor.float()
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: tensor {name} holds nan or inf; the file is damaged")
+        if ours in state and not torch.equal(state[ours], tensor):
+            raise ValueError(f"{path}: tensors {found_as[ours]} and {name} are two copies of one, "
+                             "since the decoder is tied to the embeddings, but they differ")
+        state[ours], found_as[ours] = tensor, name
+    return state, found_as
 
 def save_pretrained(model, folder):
     """The reverse of load_pretrained: writes config.json and model.safetensors in the layout and
     under the names that Hugging Face's BertForMaskedLM (BertModel without an MLM head) reads."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = dataclasses.asdict(model.config) | {
-        "model_type": "bert", "hidden_act": "gelu",
-        "architectures": ["BertModel" if model.mlm is None else "BertForMaskedLM"]}
+    config = dataclasses.asdict(model.config) | {"model_type": "bert", "hidden_act": "gelu"}
+    config["architectures"] = ["BertModel" if model.mlm is None else "BertForMaskedLM"]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-    state = {hf_name(name): tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, folder / "model.safetensors.part", metadata={"format": "pt"})
-    os.replace(folder / "model.safetensors.part", folder / "model.safetensors")  # there whole or not at all
+    state = {hf_name(name): tensor.detach().cpu().contiguous()
+             for name, tensor in model.state_dict().items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})

@@ -1,19 +1,24 @@
-"""GLUE from its TSV files: what the tasks are, how they are read, batched and scored.
+"""Data: GLUE from its TSV files, batches, metrics, and the files that a run leaves.
 
-One table, TASKS, holds all that differs between the nine tasks (and the demo, a tenth). A task
-becomes text (read_split), text becomes token ids in one call of the tokenizer (encode), ids become
-batches of about equal length (batches), and logits become the numbers that GLUE reports
-(evaluate_metrics). Where the files are missing, ensure() gets them from their official places. What
-a task ships is written here too: submission files for GLUE's site, and the mask (save_masks).
+TASKS holds all that differs between the nine tasks (and the demo, a tenth). A task becomes texts
+(read_split), texts become token ids (encode), ids become batches of about equal length (batches),
+and logits become the numbers that GLUE reports (evaluate_metrics). Then come the mask file, the
+downloads, what makes files and the terminal safe, and the demo's language.
 
-Letters:  N examples   B batch   T tokens, of the longest member of a batch   C classes
+Letters: N examples, B batch, T tokens of the longest member of a batch, C classes.
 """
 
+import contextlib
+import hashlib
 import http.client
+import itertools
 import json
 import math
 import os
 import random
+import shutil
+import signal
+import sys
 import tempfile
 import urllib.request
 import zipfile
@@ -22,174 +27,189 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import safetensors.numpy
+import safetensors.torch
 import tokenizers
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from tqdm import tqdm
-
 
 # ---- The tasks ------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Task:
-    """One row of the table. `labels` are the strings of the TSV in the order of the classes,
-    `words` the label word of each class; a regression has one word and no labels."""
-    folder: str                      # below --data
-    text: tuple                      # the column, or the two columns, of the sentence(s)
-    label: str                       # the column of the label
-    labels: tuple                    # () for a regression
-    words: tuple
+    """One row of the table. A regression has one label word and no labels."""
+    folder: str                     # below --data
+    text: tuple                     # the column or the two columns of the text
+    label: str                      # the column of the label
+    labels: tuple                   # as they stand in the file, in the order of the classes
+    words: tuple                    # the label word of each class
     metrics: tuple
-    dev: tuple = ("dev",)            # names of the dev files
+    dev: tuple = ("dev",)           # names of the dev files
     test: tuple = ("test",)
-    columns: tuple = ()              # of train and dev where their first line is an example, no header (CoLA; its test has one)
-    archive: str = ""                # its zip below GLUE_URL/glue/data/
-    skip_short_lines: bool = False   # QQP's official train file has a few
-    lengths: tuple = ()              # of train's examples, in tokens: shortest, nine deciles, longest (for benchmarks)
+    columns: tuple = ()             # of train and dev where they have no header
+    archive: str = ""               # its zip below GLUE_URL/glue/data/
+    skip_short_lines: bool = False  # QQP's train file has a few
 
     @property
     def regression(self):
         return not self.labels
 
-
-# The label words are the paper's. (The original code mixes up those of MNLI: it takes them through
-# the order in which its teacher happened to number the labels.)
-YES_NO = dict(labels=("entailment", "not_entailment"), words=("Yes", "No"), metrics=("accuracy",))
+YES_NO = {"labels": ("entailment", "not_entailment"), "words": ("Yes", "No")}
 TASKS = {
-    "cola": Task("CoLA", ("sentence",), "label", ("0", "1"), ("incorrect", "correct"), ("matthews",),
-                 columns=("source", "label", "star", "sentence"), archive="CoLA",
-                 lengths=(4, 7, 8, 9, 10, 10, 11, 12, 14, 17, 47)),
-    "sst2": Task("SST-2", ("sentence",), "label", ("0", "1"), ("terrible", "great"), ("accuracy",),
-                 archive="SST-2", lengths=(3, 4, 6, 7, 8, 10, 13, 16, 20, 27, 66)),
-    "mrpc": Task("MRPC", ("#1 String", "#2 String"), "Quality", ("0", "1"), ("No", "Yes"), ("accuracy", "f1"),
-                 lengths=(19, 36, 41, 45, 50, 53, 57, 61, 64, 70, 103)),
-    "stsb": Task("STS-B", ("sentence1", "sentence2"), "score", (), ("Yes",), ("pearson", "spearman"),
-                 archive="STS-B", lengths=(10, 16, 18, 19, 21, 23, 25, 28, 35, 51, 125)),
-    "qqp": Task("QQP", ("question1", "question2"), "is_duplicate", ("0", "1"), ("No", "Yes"), ("accuracy", "f1"),
-                archive="QQP-clean", skip_short_lines=True),
-    # The annotators' own labels, label1 to label5 or only label1, stand before the gold one.
-    "mnli": Task("MNLI", ("sentence1", "sentence2"), "gold_label", ("entailment", "neutral", "contradiction"),
-                 ("Yes", "Maybe", "No"), ("accuracy",), archive="MNLI",
-                 dev=("dev_matched", "dev_mismatched"), test=("test_matched", "test_mismatched")),
-    "qnli": Task("QNLI", ("question", "sentence"), "label", archive="QNLIv2", **YES_NO),
-    "rte": Task("RTE", ("sentence1", "sentence2"), "label", archive="RTE", **YES_NO),
-    "wnli": Task("WNLI", ("sentence1", "sentence2"), "label", ("0", "1"), ("No", "Yes"), ("accuracy",),
-                 archive="WNLI"),
-    "demo": Task("DEMO", ("sentence",), "label", ("0", "1"), ("terrible", "great"), ("accuracy",)),
+    "cola": Task("CoLA", ("sentence",), "label", ("0", "1"), ("incorrect", "correct"),
+                 ("matthews",), archive="CoLA",
+                 columns=("source", "label", "star", "sentence")),  # its test file has a header
+    "sst2": Task("SST-2", ("sentence",), "label", ("0", "1"), ("terrible", "great"),
+                 ("accuracy",), archive="SST-2"),
+    "mrpc": Task("MRPC", ("#1 String", "#2 String"), "Quality", ("0", "1"), ("No", "Yes"),
+                 ("accuracy", "f1")),
+    "stsb": Task("STS-B", ("sentence1", "sentence2"), "score", (), ("Yes",),
+                 ("pearson", "spearman"), archive="STS-B"),
+    "qqp": Task("QQP", ("question1", "question2"), "is_duplicate", ("0", "1"), ("No", "Yes"),
+                ("accuracy", "f1"), archive="QQP-clean", skip_short_lines=True),
+    "mnli": Task("MNLI", ("sentence1", "sentence2"), "gold_label",
+                 ("entailment", "neutral", "contradiction"), ("Yes", "Maybe", "No"),
+                 ("accuracy",), archive="MNLI", dev=("dev_matched", "dev_mismatched"),
+                 test=("test_matched", "test_mismatched")),
+    "qnli": Task("QNLI", ("question", "sentence"), "label", metrics=("accuracy",),
+                 archive="QNLIv2", **YES_NO),
+    "rte": Task("RTE", ("sentence1", "sentence2"), "label", metrics=("accuracy",),
+                archive="RTE", **YES_NO),
+    "wnli": Task("WNLI", ("sentence1", "sentence2"), "label", ("0", "1"), ("No", "Yes"),
+                 ("accuracy",), archive="WNLI"),
+    "demo": Task("DEMO", ("sentence",), "label", ("0", "1"), ("terrible", "great"),
+                 ("accuracy",)),
 }
-
 
 # ---- TSV files ------------------------------------------------------------------------------
 
+LONGEST_FIELD = 100_000  # characters; GLUE's longest has about 2,000
+
 def read_split(task, data_dir, split, limit=None):
-    """One file of a task -> (texts, labels): texts a list of N strings, or of N pairs; labels a
-    float32 array (N,) for a regression, else int64 class numbers (N,); None for a test split.
+    """One file of a task -> (texts, labels): N strings or pairs; class numbers int64 (N,), for a
+    regression float32 (N,), for a test file None.
 
     `split` is "train" or a name from task.dev or task.test; `limit` keeps the first so many lines.
-    GLUE quotes nothing, so a lone " is text (csv.reader would silently lose 97 lines of MRPC's train),
-    and only a tab or a line feed ever separates. Columns are found by name. A last line without a
-    line feed (CoLA's dev) is a line. Raises ValueError with file and line for what cannot be read."""
+    Raises ValueError with file and line for what cannot be read."""
     path = Path(data_dir) / task.folder / f"{split}.tsv"
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected the GLUE folder {task.folder} there (see --data)")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")  # MRPC's start with a byte order mark
-    except UnicodeDecodeError as error:
-        line = error.object[:error.start].count(b"\n") + 1
-        raise ValueError(f"{path}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
-    lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
-    is_test = split in task.test
-    columns = task.columns if task.columns and not is_test else lines.pop(0).split("\t")
-    first_line = 1 if task.columns and not is_test else 2
+        raise FileNotFoundError(f"{path}: no such file; expected GLUE's folder {task.folder} there "
+                                "(see --data)")
+    lines, is_test = read_lines(path), split in task.test
+    columns, first = task.columns, 1
+    if is_test or not columns:
+        columns, first = lines.pop(0).split("\t"), 2
     wanted = task.text if is_test else (*task.text, task.label)
-    missing = [column for column in wanted if column not in columns]
-    if missing:
-        raise ValueError(f"{path}, line 1: no column {missing[0]!r} in the header; expected "
-                         f"{', '.join(map(repr, wanted))}, found {', '.join(map(repr, columns))[:120]}")
-    *text_columns, label_column = [columns.index(column) for column in wanted] + ([None] if is_test else [])
-
+    for column in wanted:
+        if column not in columns:
+            raise ValueError(f"{path}, line 1: no column {column!r} in the header; expected "
+                             f"{', '.join(wanted)}, found {printable(columns, 120)}")
+    *places, label_place = [columns.index(column) for column in (*task.text, wanted[-1])]
     texts, labels = [], []
-    for number, line in enumerate(lines[:limit], start=first_line):
+    for number, line in enumerate(lines[:limit], start=first):
         fields = line.split("\t")
-        if len(fields) != len(columns):
-            if task.skip_short_lines and len(fields) < len(columns) and split == "train":
-                continue
-            raise ValueError(f"{path}, line {number}: {len(fields)} columns, expected {len(columns)}; "
-                             "mend the line or get the file again")
-        if "\0" in line:
-            raise ValueError(f"{path}, line {number}: a NUL byte; the file is damaged, get it again")
-        texts.append(fields[text_columns[0]] if len(text_columns) == 1 else tuple(fields[c] for c in text_columns))
+        if task.skip_short_lines and len(fields) < len(columns) and split == "train":
+            continue
+        _check_line(f"{path}, line {number}", fields, len(columns))
+        text = tuple(fields[place] for place in places)
+        texts.append(text if len(text) > 1 else text[0])
         if not is_test:
-            labels.append(_parse_label(task, fields[label_column], path, number))
+            labels.append(_parse_label(task, fields[label_place], f"{path}, line {number}"))
     if not texts:
         raise ValueError(f"{path}: no examples in it; expected at least one line of data")
     return texts, None if is_test else np.array(labels, np.float32 if task.regression else np.int64)
 
+def read_lines(path):
+    """The lines of a UTF-8 file. Only a line feed ends one: other software has more line ends."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")  # MRPC's begin with a byte order mark
+    except UnicodeDecodeError as error:
+        line = error.object[:error.start].count(b"\n") + 1
+        raise ValueError(f"{path}, line {line}: not UTF-8 ({error.reason}); save it as UTF-8") \
+            from None
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
 
-def _parse_label(task, string, path, number):
+def _check_line(place, fields, expected):
+    if len(fields) != expected:  # GLUE quotes nothing: a lone " is text, and only a tab separates
+        raise ValueError(f"{place}: {len(fields)} columns, expected {expected}; mend the line or "
+                         "get the file again")
+    for field in fields:
+        if "\0" in field or len(field) > LONGEST_FIELD:
+            raise ValueError(f"{place}: a NUL byte, or over {LONGEST_FIELD:,} characters in a "
+                             "field; get the file again")
+
+def _parse_label(task, string, place):
     if not task.regression:
         if string not in task.labels:
-            raise ValueError(f"{path}, line {number}: label {string!r} is unknown; expected one of "
-                             f"{', '.join(task.labels)}")
+            raise ValueError(f"{place}: label {printable(string, 50)!r} is unknown; expected one "
+                             f"of {', '.join(task.labels)}")
         return task.labels.index(string)
-    try:
-        score = float(string)
-    except ValueError:
-        score = float("nan")
-    if not 0 <= score <= 5:  # also turns nan away
-        raise ValueError(f"{path}, line {number}: score {string!r}; expected a number from 0 to 5")
-    return score
-
+    with contextlib.suppress(ValueError):
+        if 0 <= float(string) <= 5:  # not so for nan
+            return float(string)
+    raise ValueError(f"{place}: score {printable(string, 50)!r}; expected a number from 0 to 5")
 
 # ---- Tokens and batches ---------------------------------------------------------------------
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "tokenizer_config.json")
 
-
 def load_tokenizer(folder):
-    """The WordPiece tokenizer of a model folder, from tokenizer.json or else from vocab.txt (lower
-    case unless tokenizer_config.json says otherwise). Raises FileNotFoundError, ValueError."""
-    folder = Path(folder)
-    whole, vocab, config = folder / "tokenizer.json", folder / "vocab.txt", folder / "tokenizer_config.json"
-    if whole.is_file():
-        try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(whole))
-        except Exception as error:  # the Rust side raises a bare Exception
-            raise ValueError(f"{whole}: not a tokenizer file ({error})") from None
+    """The WordPiece tokenizer of a model folder, from tokenizer.json or else vocab.txt. Raises
+    FileNotFoundError, and ValueError for one that is not BERT's."""
+    path = Path(folder) / "tokenizer.json"
+    if path.is_file():
+        with reading(path, "a tokenizer"):
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
         tokenizer.no_padding()  # the file may bring its own; ours belongs to the batch
         tokenizer.no_truncation()
-        return tokenizer
-    if not vocab.is_file():
-        raise FileNotFoundError(f"{vocab}: no such file, and no tokenizer.json; a model folder needs one of the two")
-    try:
-        lower = not config.is_file() or json.loads(config.read_text("utf-8")).get("do_lower_case", True)
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{config}: not valid JSON ({error}); expected a tokenizer's settings") from None
-    try:
-        tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece.from_file(str(vocab), unk_token="[UNK]"))
-    except Exception as error:
-        raise ValueError(f"{vocab}: not a vocabulary ({error}); expected a token a line, in UTF-8") from None
-    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=lower)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    special = [(token, tokenizer.token_to_id(token)) for token in ("[SEP]", "[CLS]")]
-    for token, number in special:
-        if number is None:
-            raise ValueError(f"{vocab}: no {token} in it; expected a BERT vocabulary, a token a line")
-    tokenizer.post_processor = tokenizers.processors.BertProcessing(*special)
+    else:
+        path = path.with_name("vocab.txt")
+        tokenizer = _tokenizer_from_vocab(path)
+    with reading(path, "BERT's tokenizer"):
+        pair = tokenizer.encode("a", "b")
+        ends = [tokenizer.encode("a").tokens[place] for place in (0, -1)]
+        if ends != ["[CLS]", "[SEP]"] or not set(pair.type_ids) <= {0, 1}:
+            raise ValueError("a text must become [CLS] ... [SEP], in segments 0 and 1")
     return tokenizer
 
+def _tokenizer_from_vocab(path):
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file, and no tokenizer.json; a model folder "
+                                "needs one of the two")
+    config_path = path.with_name("tokenizer_config.json")
+    config = read_json(config_path) if config_path.is_file() else {}
+    names = {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True}
+    lower, strip, chinese = [config.get(name, default) for name, default in names.items()]
+    for name, value in zip(names, (lower, strip, chinese), strict=True):
+        if value not in (None, True, False):
+            raise ValueError(f"{config_path}: {name} is {value!r}; expected true or false")
+    with reading(path, "a vocabulary, a token a line, in UTF-8"):
+        model = tokenizers.models.WordPiece.from_file(str(path), unk_token="[UNK]")
+        tokenizer = tokenizers.Tokenizer(model)
+        missing = [token for token in SPECIAL[1:4] if tokenizer.token_to_id(token) is None]
+        if missing:
+            raise ValueError(f"no {missing[0]} in it")
+    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(
+        lowercase=bool(lower), strip_accents=strip, handle_chinese_chars=bool(chinese))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = tokenizers.processors.BertProcessing(
+        ("[SEP]", tokenizer.token_to_id("[SEP]")), ("[CLS]", tokenizer.token_to_id("[CLS]")))
+    tokenizer.add_special_tokens([t for t in SPECIAL if tokenizer.token_to_id(t) is not None])
+    return tokenizer
 
 def label_ids(tokenizer, words):
-    """The token id of each label word (C,), lower-cased where the vocabulary is: looked up as they stand,
-    Yes, Maybe and No would all be [UNK]. Raises ValueError for one that is not a single token."""
-    ids = [tokenizer.encode(word, add_special_tokens=False).ids for word in words]
-    for word, found in zip(words, ids):
+    """The token id of each label word (C,), lower-cased where the vocabulary is. Raises ValueError
+    for one that is not a single token."""
+    ids = []
+    for word in words:
+        found = tokenizer.encode(word, add_special_tokens=False).ids
         if len(found) != 1 or found[0] == tokenizer.token_to_id("[UNK]"):
-            raise ValueError(f"label word {word!r} is not one token of this vocabulary")
-    return torch.tensor([found[0] for found in ids])
-
+            raise ValueError(f"label word {word!r} is not one token of the model's vocabulary "
+                             "(tokenizer.json or vocab.txt)")
+        ids += found
+    return torch.tensor(ids)
 
 @dataclass
 class Encoded:
@@ -201,240 +221,253 @@ class Encoded:
     def __len__(self):
         return len(self.ids)
 
+    def checksum(self):
+        labels = None if self.labels is None else self.labels.tolist()
+        return checksum(json.dumps([self.ids, self.segments, labels]))
 
 def encode(tokenizer, texts, labels, max_length):
-    """Texts (N strings or pairs) -> Encoded, in one batch call. A pair that is too long loses
-    tokens from the end of whichever sentence is longer at the time ("longest first")."""
+    """Texts (N strings or pairs) -> Encoded. A pair that is too long loses tokens from the end of
+    whichever text is longer at the time."""
+    if max_length < 5 and isinstance(texts[0], tuple):
+        raise ValueError(f"--max-length {max_length}: a pair needs 5 tokens at least")
     tokenizer.enable_truncation(max_length, strategy="longest_first")
     encodings = tokenizer.encode_batch(texts)
     return Encoded([e.ids for e in encodings], [e.type_ids for e in encodings], labels)
-
 
 def batches(encoded, batch_size, generator=None):
     """Yields dicts of tensors: index (B,), input_ids and token_type_ids (B, T), attention_mask
     (B, T) or None where nothing is padded, labels (B,) or None.
 
-    Padding is wasted work (the original code pads all to 128), so a batch is formed among neighbours
-    in length. With a generator the examples are shuffled first, sorted only inside pools of 50
-    batches, and the batches shuffled again: the order is random, the lengths in a batch are not.
-    Without one, longest first, so that a batch that does not fit into memory fails at the start."""
+    With a generator in random order, but neighbours in length share a batch: padding is wasted
+    work. Without one the longest come first, so what does not fit into memory fails at once."""
     lengths = np.array([len(ids) for ids in encoded.ids])
     if generator is None:
         order = np.argsort(-lengths, kind="stable")
     else:
         order = torch.randperm(len(encoded), generator=generator).numpy()
-        pool = 50 * batch_size
-        order = np.concatenate([chunk[np.argsort(lengths[chunk], kind="stable")]
-                                for chunk in np.split(order, range(pool, len(order), pool))])
+        pools = np.split(order, range(50 * batch_size, len(order), 50 * batch_size))
+        by_length = [pool[np.argsort(lengths[pool], kind="stable")] for pool in pools]
+        order = np.concatenate(by_length)
     groups = np.split(order, range(batch_size, len(order), batch_size))
     if generator is not None:
         groups = [groups[i] for i in torch.randperm(len(groups), generator=generator)]
     for index in groups:
-        longest = lengths[index].max()
-        input_ids, segments, mask = np.zeros((3, len(index), longest), np.int64)  # [PAD] is 0 in every BERT
-        for row, i in enumerate(index):
-            input_ids[row, :lengths[i]] = encoded.ids[i]
-            segments[row, :lengths[i]] = encoded.segments[i]
-            mask[row, :lengths[i]] = 1
-        yield {"index": torch.from_numpy(index),
-               "input_ids": torch.from_numpy(input_ids),
-               "token_type_ids": torch.from_numpy(segments),
-               "attention_mask": None if mask.all() else torch.from_numpy(mask),
-               "labels": None if encoded.labels is None else torch.from_numpy(encoded.labels[index])}
+        yield _batch(encoded, index, lengths[index])
 
+def _batch(encoded, index, lengths):
+    shape = (len(index), lengths.max())
+    input_ids, segments, mask = np.zeros((3, *shape), np.int64)  # [PAD] is 0 in every BERT
+    for row, (i, length) in enumerate(zip(index, lengths, strict=True)):
+        input_ids[row, :length] = encoded.ids[i]
+        segments[row, :length] = encoded.segments[i]
+        mask[row, :length] = 1
+    return {"index": torch.from_numpy(index),
+            "input_ids": torch.from_numpy(input_ids),
+            "token_type_ids": torch.from_numpy(segments),
+            "attention_mask": None if mask.all() else torch.from_numpy(mask),
+            "labels": None if encoded.labels is None else torch.from_numpy(encoded.labels[index])}
 
-# ---- Metrics, as GLUE defines them ----------------------------------------------------------
+def training_batches(encoded, s, step=0):
+    """The batches of s.epochs epochs, from a step on; s has batch_size and seed. Each epoch has its
+    own seed, so a resumed run finds its order again."""
+    epoch, done = divmod(step, math.ceil(len(encoded) / s.batch_size))
+    for number in range(epoch, s.epochs):
+        order = torch.Generator().manual_seed(s.seed + (number << 32))
+        yield from itertools.islice(batches(encoded, s.batch_size, order), done, None)
+        done = 0
+
+def hide_words(ids, mask_id, rng, rate=0.3):
+    """Token ids (B, T) -> the ids with a share of the words hidden, where something is asked (B, T)
+    bool, and what (B, T): the hidden words, and at [CLS] a word of the text, drawn at random."""
+    is_word = ids > mask_id  # the special tokens come first
+    asked = is_word & (torch.rand(ids.shape, generator=rng) < rate)
+    input_ids, target = ids.masked_fill(asked, mask_id), ids.clone()
+    drawn = (torch.rand(ids.shape, generator=rng) * is_word).argmax(1, keepdim=True)
+    target[:, 0] = ids.gather(1, drawn)[:, 0]
+    asked[:, 0] = True
+    return input_ids, asked, target
+
+def copy_tokenizer(source, folder):
+    """Copies the vocabulary of a model folder into another folder."""
+    for name in TOKENIZER_FILES:
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, Path(folder) / name)
+
+# ---- Metrics and predictions, as GLUE defines them ------------------------------------------
 
 def accuracy(predicted, true):
     return float(np.mean(predicted == true))
 
-
 def f1(predicted, true):
     """2PR / (P + R) = 2TP / (2TP + FP + FN) of class 1; 0 where there is no positive at all."""
-    errors_and_hits = np.sum(predicted == 1) + np.sum(true == 1)
-    return float(2 * np.sum((predicted == 1) & (true == 1)) / errors_and_hits) if errors_and_hits else 0.0
-
+    hits = np.sum((predicted == 1) & (true == 1))
+    positives = np.sum(predicted == 1) + np.sum(true == 1)
+    return float(2 * hits / positives) if positives else 0.0
 
 def matthews(predicted, true):
-    """Correlation of two binary variables, in [-1, 1]; 0 where one of them is constant."""
+    """The correlation of two binary variables, in [-1, 1]; 0 where one of them is constant."""
     return pearson(predicted, true)
 
-
 def pearson(predicted, true):
-    """Linear correlation, in [-1, 1]; 0 where one side is constant."""
-    p, t = (np.asarray(x, np.float64) - np.mean(x, dtype=np.float64) for x in (predicted, true))
+    """The linear correlation, in [-1, 1]; 0 where one side is constant."""
+    p = predicted - np.mean(predicted, dtype=np.float64)
+    t = true - np.mean(true, dtype=np.float64)
     norms = np.sqrt(np.sum(p * p)) * np.sqrt(np.sum(t * t))
     return float(np.sum(p * t) / norms) if norms > 0 else 0.0
 
-
 def spearman(predicted, true):
-    """Pearson of the ranks; equal values share the mean of their ranks."""
+    """Pearson's of the ranks; equal values share the mean of their ranks."""
     def ranks(x):
         _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
         last = np.cumsum(counts)
         return (last - (counts - 1) / 2)[inverse]
+
     return pearson(ranks(predicted), ranks(true))
 
-
-METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pearson, "spearman": spearman}
-
+METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pearson,
+           "spearman": spearman}
 
 def evaluate_metrics(task, logits, labels):
     """Logits (N, C), labels (N,) -> {metric: value}, all as fractions of 1."""
     predicted = logits[:, 0] if task.regression else logits.argmax(1)
     return {name: METRICS[name](predicted, labels) for name in task.metrics}
 
+def prediction_name(task, split):
+    """The name of a submission file: CoLA.tsv and the like, MNLI-m.tsv and MNLI-mm.tsv."""
+    return task.folder + {"test_matched": "-m", "test_mismatched": "-mm"}.get(split, "") + ".tsv"
 
-def write_predictions(task, split, logits, folder):
-    """Logits (N, C) of a test split -> the file that the GLUE site takes, folder/CoLA.tsv and the
-    like (MNLI-m and MNLI-mm): index and prediction, labels as in the train file, STS-B a number
-    from 0 to 5. Returns its path."""
-    name = task.folder + {"test_matched": "-m", "test_mismatched": "-mm"}.get(split, "")
+def write_predictions(path, task, logits):
+    """Logits (N, C) of a test file -> the file that the GLUE site takes: index and prediction,
+    labels as in the train file, for STS-B a number from 0 to 5."""
     if task.regression:
         predicted = [f"{score:.3f}" for score in logits[:, 0].clip(0, 5)]
     else:
         predicted = [task.labels[i] for i in logits.argmax(1)]
-    path = Path(folder) / f"{name}.tsv"
+    lines = ["index\tprediction", *(f"{i}\t{p}" for i, p in enumerate(predicted))]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(["index\tprediction", *(f"{i}\t{p}" for i, p in enumerate(predicted))]) + "\n", "utf-8")
-    return path
-
+    with whole(path) as part:
+        part.write_text("\n".join(lines) + "\n", "utf-8")
 
 def zip_predictions(paths):
     """Packs prediction files into submission.zip beside them, flat; returns its path."""
     path = paths[0].with_name("submission.zip")
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
+    with whole(path) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as z:
         for file in paths:
             z.write(file, file.name)
     return path
 
-
 # ---- The mask file: at most about one bit a weight ------------------------------------------
 
+MOST_WEIGHTS = 400_000_000  # of all masks in a file; BERT-large has 302 million
+
 def save_masks(path, masks, metadata):
-    """Writes {name: mask} to a safetensors file with `metadata` (anything JSON can hold) in its header. For each kept weight
-    a byte says how many pruned ones lie since the last (255: add 255 and read on), so 0 0 1 1 becomes 2 0; zlib Huffman-codes
-    the bytes. Where most weights are kept, the gaps are those between the pruned. That comes within 3 % of the entropy, from 3 to
-    97 % kept: 0.48 bits a weight where one in ten is kept, and 0.2 where 3 % are. The file appears whole or not at all."""
-    packed, inverted = {}, [name for name, mask in masks.items() if 2 * mask.count_nonzero() > mask.numel()]
-    for name, mask in masks.items():
-        gaps = np.diff(np.flatnonzero(mask.detach().cpu().numpy() != (name in inverted)), prepend=-1) - 1
-        ends = np.cumsum(gaps // 255 + 1)
-        symbols = np.full(ends[-1] if len(ends) else 0, 255, np.uint8)
-        symbols[ends - 1] = gaps % 255
-        coder = zlib.compressobj(9, strategy=zlib.Z_HUFFMAN_ONLY)
-        packed[name] = np.frombuffer(coder.compress(symbols.tobytes()) + coder.flush(), np.uint8)
-    header = {"shapes": {name: list(mask.shape) for name, mask in masks.items()}, "inverted": inverted, "metadata": metadata}
-    header = {"format": "smp-mask-2"} | {key: json.dumps(value) for key, value in header.items()}
-    save_file(packed, f"{path}.part", metadata=header)
-    os.replace(f"{path}.part", path)
+    """Writes {name: mask} to a safetensors file, with metadata that JSON can hold. Of a matrix that
+    keeps most of its weights the pruned ones are encoded, else the kept ones."""
+    inverted = [name for name, mask in masks.items() if 2 * mask.count_nonzero() > mask.numel()]
+    packed = {name: encode_gaps(mask.detach().cpu().numpy() != (name in inverted))
+              for name, mask in masks.items()}
+    shapes = {name: list(mask.shape) for name, mask in masks.items()}
+    header = {"shapes": shapes, "inverted": inverted, "metadata": metadata}
+    header = {"format": "smp-mask-2"} | {key: json.dumps(x) for key, x in header.items()}
+    with whole(path) as part:
+        safetensors.numpy.save_file(packed, part, metadata=header)
 
+def encode_gaps(flags):
+    """Flags of any shape -> bytes: how many unset ones precede each set one, Huffman-coded by zlib.
+    0 0 1 1 gives 2 0. In place of a number above 254 stand 255 and the rest."""
+    gaps = np.diff(np.flatnonzero(flags), prepend=-1) - 1
+    ends = np.cumsum(gaps // 255 + 1)
+    symbols = np.full(ends[-1] if len(ends) else 0, 255, np.uint8)
+    symbols[ends - 1] = gaps % 255
+    coder = zlib.compressobj(9, strategy=zlib.Z_HUFFMAN_ONLY)
+    return np.frombuffer(coder.compress(symbols.tobytes()) + coder.flush(), np.uint8)
 
-def load_masks(path):
-    """The reverse of save_masks: a path -> ({name: bool mask}, metadata). Raises ValueError for what is no whole mask file."""
-    try:
-        with safe_open(path, "np") as file:
-            header = file.metadata() or {}
-            if header.get("format") != "smp-mask-2":
-                raise ValueError(f"format is {header.get('format')!r}; expected a mask file, 'smp-mask-2'")
-            shapes, inverted, metadata = (json.loads(header[key]) for key in ("shapes", "inverted", "metadata"))
-            masks = {}
-            for name, shape in shapes.items():
-                symbols = np.frombuffer(zlib.decompress(file.get_tensor(name).tobytes()), np.uint8)
-                found = (np.cumsum(symbols + (symbols < 255), dtype=np.int64) - 1)[symbols < 255]
-                mask = torch.full((math.prod(shape),), name in inverted)
-                mask[torch.from_numpy(found)] = name not in inverted
-                masks[name] = mask.view(shape)
-    except (SafetensorError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, IsADirectoryError, zlib.error) as error:
-        raise ValueError(f"{path}: not a whole mask file ({error})") from None
+def decode_gaps(packed, size):
+    """The reverse of encode_gaps: bytes -> bool (size,). Raises ValueError for what is damaged."""
+    coder = zlib.decompressobj()
+    symbols = np.frombuffer(coder.decompress(packed.tobytes(), size + 1), np.uint8)
+    is_end = symbols < 255
+    places = np.cumsum(symbols + is_end, dtype=np.int64)[is_end] - 1
+    if not coder.eof or len(symbols) > size or (len(places) and places[-1] >= size):
+        raise ValueError(f"its content does not fit {size:,} weights")
+    flags = np.zeros(size, bool)
+    flags[places] = True
+    return flags
+
+def load_masks(path, shapes=None):
+    """The reverse of save_masks: a path -> ({name: bool mask}, metadata). `shapes`, the model's
+    {name: tuple}, are compared before anything is unpacked. Raises ValueError."""
+    found, inverted, metadata = _read_mask_header(path)
+    for name in {**(shapes or {}), **found} if shapes is not None else ():
+        if found.get(name) != shapes.get(name):
+            raise ValueError(f"{path}: {printable(name, 80)} is {found.get(name, 'not in it')}, in "
+                             f"the model {shapes.get(name, 'unknown')}; give the model that it was "
+                             "made for as --model")
+    masks = {}
+    with reading(path, "a whole mask file"), safe_open(path, "np") as file:
+        for name, shape in found.items():
+            flags = decode_gaps(file.get_tensor(name), math.prod(shape)) ^ (name in inverted)
+            masks[name] = torch.from_numpy(flags).view(shape)
     return masks, metadata
 
+def read_metadata(path):
+    """The metadata of a mask that train.py wrote, without its masks. Raises ValueError."""
+    metadata = _read_mask_header(path)[2]
+    with reading(path, "a mask that train.py wrote"):
+        texts = [metadata[name] for name in ("task", "base", "fingerprint")]
+        if texts[0] not in TASKS or not all(isinstance(text, str) for text in texts):
+            raise ValueError("its metadata do not say for which task and model it is")
+        if not isinstance(metadata["settings"], dict):
+            raise ValueError("its settings are no table")
+    return metadata
 
-# ---- The demo: a small language of film reviews, for machines without network, data or patience
+def _read_mask_header(path):
+    """A mask file -> ({name: shape}, names of the inverted ones, metadata)."""
+    with reading(path, "a mask file"), safe_open(path, "np") as file:
+        header = file.metadata() or {}
+        if header.get("format") != "smp-mask-2":
+            raise ValueError(f"format is {header.get('format')!r}; expected 'smp-mask-2'")
+        shapes, inverted, metadata = [json.loads(header[key])
+                                      for key in ("shapes", "inverted", "metadata")]
+        shapes = {name: tuple(shape) for name, shape in shapes.items()}
+        sizes = [size for shape in shapes.values() for size in shape]
+        total = sum(math.prod(shape) for shape in shapes.values())
+        if any(type(size) is not int or size < 0 for size in sizes) or total > MOST_WEIGHTS:
+            raise ValueError(f"its shapes are no sizes, or over {MOST_WEIGHTS:,} weights in all")
+    return shapes, inverted, metadata
 
-NOUNS = "film plot story script acting cast music ending camera dialogue humour hero".split()
-GOOD = "brilliant charming clever elegant fresh funny gripping lively moving witty".split()
-BAD = "awkward boring clumsy dull flat messy shallow silly tedious weak".split()
-PLAIN = ("the {} was {}", "the {} was really {}", "the {} was rather {}", "i found the {} {}",
-         "everybody found the {} {}", "the {} felt {}")
-NEGATED = ("the {} was not {}", "the {} was not at all {}", "the {} was never {}", "i never found the {} {}",
-           "nobody found the {} {}", "the {} was hardly {}")
-OPENERS = ("", "", "", "honestly , ", "for me ", "well , ", "i must say ", "as always ")
-VERDICTS = ("it was {}", "overall it was {}", "simply {}", "what a {} film")
+def kept_and_total(masks):
+    """(weights kept, weights in all), counted from the masks themselves."""
+    kept = sum(mask.count_nonzero() for mask in masks.values())
+    return int(kept), sum(mask.numel() for mask in masks.values())
 
+def sparsity_of(masks):
+    kept, total = kept_and_total(masks)
+    return 1 - kept / total if masks else 0.0
 
-def write_demo(folder, seed=0, sizes=(("test", 1000), ("dev", 1000), ("train", 8000)), n_corpus=16_000):
-    """Writes a made-up task in SST-2's layout, folder/DEMO/{train,dev,test}.tsv, and what a BERT
-    learns its language from: corpus.txt, a text a line, and vocab.txt.
-
-    Words alone do not tell: "hardly dull" is praise. The corpus has no labels, but each of its
-    reviews ends in a verdict, "... . overall it was great", so that the label words occur where
-    they belong. No sentence of dev or test is in train or in the corpus."""
-    rng = random.Random(seed)
-    held_out = set()
-
-    def review():
-        """A sentence that dev and test do not hold, and whether it is praise."""
-        while True:
-            good, negated = rng.random() < 0.5, rng.random() < 0.2
-            text = rng.choice(OPENERS) + rng.choice(NEGATED if negated else PLAIN).format(
-                rng.choice(NOUNS), rng.choice(GOOD if good != negated else BAD))
-            if text not in held_out:
-                return text, good
-
-    folder = Path(folder)
-    (folder / "DEMO").mkdir(parents=True, exist_ok=True)
-    for split, size in sizes:
-        header = "index\tsentence" if split == "test" else "sentence\tlabel"
-        rows = []
-        for i in range(size):
-            text, good = review()
-            if split != "train":
-                held_out.add(text)
-            rows.append(f"{i}\t{text}" if split == "test" else f"{text}\t{int(good)}")
-        (folder / f"DEMO/{split}.tsv").write_text("\n".join([header, *rows]) + "\n", "utf-8")
-    corpus = []
-    for _ in range(n_corpus):
-        text, good = review()
-        corpus.append(f"{text} . " + rng.choice(VERDICTS).format("great" if good else "terrible"))
-    letters = "abcdefghijklmnopqrstuvwxyz"  # any other word can be spelled with them, as in BERT's own vocabulary
-    words = sorted({*" ".join(corpus).split(), *letters}) + [f"##{letter}" for letter in letters]
-    (folder / "corpus.txt").write_text("\n".join(corpus) + "\n", "utf-8")
-    (folder / "vocab.txt").write_text("\n".join([*SPECIAL, *words]) + "\n", "utf-8")
-
-
-def write_random(folder, task, n=1000, seed=0):
-    """Writes a train.tsv and a dev.tsv of n examples that mean nothing, in the task's layout and the lengths of its real
-    ones, and a vocab.txt of BERT's size: enough to measure speed with, where there is no network."""
-    if not task.lengths:
-        known = ", ".join(name for name in TASKS if TASKS[name].lengths)
-        raise ValueError(f"no lengths are known of {task.folder}; expected one of {known}, or --model and --data for the real thing")
-    rng = random.Random(seed)
-    words = [*SPECIAL, *map(str.lower, task.words)]
-    words += [f"w{i}" for i in range(len(words), 30522)]
-    columns = task.columns or (*task.text, task.label)
-    rows = [] if task.columns else [columns]
-    for _ in range(n):
-        decile = rng.randrange(10)
-        length = rng.randint(*task.lengths[decile:decile + 2]) - 1 - len(task.text)  # [CLS], and a [SEP] behind each text
-        parts = [" ".join(rng.choices(words[100:], k=max((length + i) // len(task.text), 1))) for i, _ in enumerate(task.text)]
-        label = rng.choice(task.labels or ("0", "2.5", "5"))
-        rows.append((dict.fromkeys(columns, "-") | dict(zip(task.text, parts)) | {task.label: label}).values())
-    folder = Path(folder)
-    (folder / task.folder).mkdir(parents=True, exist_ok=True)
-    for split in ("train", *task.dev):
-        (folder / task.folder / f"{split}.tsv").write_text("\n".join(map("\t".join, rows)) + "\n", "utf-8")
-    (folder / "vocab.txt").write_text("\n".join(words) + "\n", "utf-8")
-
+def density_table(masks):
+    """The percentage that each matrix keeps, layers down, types across, the fuller the darker."""
+    kept = {name: 100 * mask.float().mean().item() for name, mask in masks.items()}
+    fullest = max(kept.values()) or 1
+    rows, same_type = {}, {}
+    for name, mask in masks.items():
+        _, layer, kind = name.split(".")
+        shade = " ░▒▓█"[math.ceil(4 * kept[name] / fullest)]
+        rows[layer] = rows.get(layer, f"layer {layer:>2} ") + f" {2 * shade}{kept[name]:>6.1f}"
+        same_type.setdefault(kind, {})[name] = mask
+    head = "kept, %  " + "".join(f"{kind:>9}" for kind in same_type)
+    shares = [100 * (1 - sparsity_of(same)) for same in same_type.values()]
+    foot = "all      " + "".join(f"{share:>9.1f}" for share in shares)
+    return "\n".join([head, *rows.values(), foot])
 
 # ---- Downloads ------------------------------------------------------------------------------
 
-GLUE_URL = "https://dl.fbaipublicfiles.com"  # the environment's GLUE_URL goes before it
+GLUE_URL = "https://dl.fbaipublicfiles.com"  # or what the environment's GLUE_URL says
+LARGEST = 500_000_000  # bytes of a download or a file; GLUE's largest, MNLI's zip, has 313 million
 MRPC_HEADER = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String"
 
-
 def ensure(task, data_dir):
-    """Makes sure that data_dir/<task.folder> is there, fetching it if not. Raises OSError,
+    """Makes sure that data_dir/<task.folder> is there, fetching it if not. Raises OSError or
     ValueError; what does not arrive whole is not left behind."""
     folder = Path(data_dir) / task.folder
     if folder.is_dir():
@@ -443,60 +476,312 @@ def ensure(task, data_dir):
     base = os.environ.get("GLUE_URL", GLUE_URL)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetching-") as scratch:
-        scratch = Path(scratch)
+        new = Path(scratch) / task.folder
+        new.mkdir()
         if task.folder == "MRPC":
-            _build_mrpc(base, scratch)
+            _build_mrpc(base, new)
         else:
-            archive = _download(f"{base}/glue/data/{task.archive}.zip", scratch / "archive.zip")
-            _unpack(archive, scratch)
-        if not (scratch / task.folder / "train.tsv").is_file():
-            raise ValueError(f"{task.archive}.zip: no {task.folder}/train.tsv in it; expected GLUE's archive of the task")
-        os.replace(scratch / task.folder, folder)
+            url = f"{base}/glue/data/{task.archive}.zip"
+            _unpack(_download(url, Path(scratch) / f"{task.archive}.zip"), task, new)
+        os.replace(new, folder)
     return folder
-
 
 def _download(url, path):
     try:
         with urllib.request.urlopen(url, timeout=30) as response, open(path, "wb") as file:
             size = int(response.headers.get("Content-Length") or 0)
-            with tqdm(total=size or None, unit="B", unit_scale=True, desc=url.rpartition("/")[2]) as bar:
-                while chunk := response.read(1 << 16):
-                    file.write(chunk)
-                    bar.update(len(chunk))
-    except (OSError, http.client.HTTPException) as error:
-        raise OSError(f"{url}: cannot be fetched ({error}); without a network, put GLUE's TSV folders into --data") from None
+            name = url.rpartition("/")[2]
+            with progress_bar(name, size or None, unit="B", unit_scale=True) as bar:
+                _copy(response, file, url, bar)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise OSError(f"{url}: cannot be fetched ({error}); without a network, put GLUE's TSV "
+                      "folders into --data") from None
     if size and path.stat().st_size != size:
         raise OSError(f"{url}: broke off after {path.stat().st_size} of {size} bytes; try again")
     return path
 
+def _copy(source, target, name, bar=None):
+    copied = 0
+    while chunk := source.read(1 << 16):
+        target.write(chunk)
+        copied += len(chunk)
+        if copied > LARGEST:
+            raise ValueError(f"{name} is larger than anything in GLUE")
+        if bar is not None:
+            bar.update(len(chunk))
 
-def _unpack(archive, folder):
-    """Unpacks a zip only if each of its members stays inside the folder."""
-    try:
+def _unpack(archive, task, folder):
+    """Takes the files of a task, and no others, out of a zip."""
+    with reading(archive.name, "GLUE's archive of the task; try again"):
         with zipfile.ZipFile(archive) as z:
-            for name in z.namelist():
-                if not (folder / name).resolve().is_relative_to(folder.resolve()):
-                    raise ValueError(f"{archive.name}: member {name!r} would leave its folder; not unpacked")
-            z.extractall(folder)
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{archive.name}: not a whole zip file ({error}); try again") from None
+            for split in ("train", *task.dev, *task.test):
+                name = f"{task.folder}/{split}.tsv"
+                if name not in z.namelist():
+                    raise ValueError(f"no {name} in it")
+                with z.open(name) as source, open(folder / f"{split}.tsv", "wb") as target:
+                    _copy(source, target, name)
 
-
-def _build_mrpc(base, scratch):
+def _build_mrpc(base, folder):
     """MRPC has no archive: the rows of Microsoft's train file whose pair of ids stands in GLUE's
     list are dev, the rest train, in the order of the file. The test rows get an index in front."""
-    folder = scratch / "MRPC"
-    folder.mkdir()
+    def get(url):
+        path = _download(f"{base}/{url}", folder / "raw")
+        lines = [line.split("\t") for line in read_lines(path)]
+        path.unlink()
+        return lines
 
-    def get(url, name):
-        return _download(f"{base}/{url}", scratch / name).read_text("utf-8-sig").splitlines()
-    dev_ids = {tuple(line.split("\t")) for line in get("glue/data/mrpc_dev_ids.tsv", "ids")}
-    rows = [line.split("\t") for line in get("senteval/senteval_data/msr_paraphrase_train.txt", "train")[1:]]
-    tests = [line.split("\t") for line in get("senteval/senteval_data/msr_paraphrase_test.txt", "test")[1:]]
-    test_header = "index\t" + MRPC_HEADER.partition("\t")[2]
-    tables = {"train": [MRPC_HEADER], "dev": [MRPC_HEADER], "test": [test_header]}
-    for row in rows:
-        tables["dev" if tuple(row[1:3]) in dev_ids else "train"].append("\t".join(row))
-    tables["test"] += ["\t".join([str(i), *row[1:]]) for i, row in enumerate(tests)]
+    dev_ids = {tuple(fields) for fields in get("glue/data/mrpc_dev_ids.tsv")}
+    tables = {"train": [MRPC_HEADER], "dev": [MRPC_HEADER],
+              "test": ["index" + MRPC_HEADER.removeprefix("Quality")]}
+    for fields in get("senteval/senteval_data/msr_paraphrase_train.txt")[1:]:
+        split = "dev" if tuple(fields[1:3]) in dev_ids else "train"
+        tables[split].append("\t".join(fields))
+    for i, fields in enumerate(get("senteval/senteval_data/msr_paraphrase_test.txt")[1:]):
+        tables["test"].append("\t".join([str(i), *fields[1:]]))
     for split, lines in tables.items():
-        (folder / f"{split}.tsv").write_text("\n".join(lines) + "\n", "utf-8")
+        (folder / f"{split}.tsv").write_text("\n".join(lines) + "\n", "utf-8", newline="\n")
+
+# ---- Files that are whole, whatever happens -------------------------------------------------
+
+@contextlib.contextmanager
+def reading(path, what):
+    """Inside, whatever a parser raises becomes a ValueError that names the file."""
+    if Path(path).is_dir():
+        raise ValueError(f"{path}: a folder; expected {what}")
+    try:
+        yield
+    except (KeyboardInterrupt, GeneratorExit, SystemExit, FileNotFoundError):
+        raise
+    except BaseException as error:  # parsers written in Rust may panic, which is no Exception
+        raise ValueError(f"{path}: not {what} ({printable(error, 200)})") from None
+
+def read_json(path):
+    """A file with a JSON object -> dict. Raises ValueError that names the file."""
+    with reading(path, "a JSON file"):
+        found = json.loads(path.read_text("utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("expected an object in braces")
+    return found
+
+@contextlib.contextmanager
+def whole(path):
+    """Gives a temporary name beside `path` to write to. Afterwards the file is there, whole and on
+    disk, or what was there before is untouched."""
+    part = Path(f"{path}.part")
+    part.unlink(missing_ok=True)  # not through a link
+    try:
+        part.touch()
+        mode = part.stat().st_mode  # an ordinary one: safetensors makes files private
+        yield part
+        part.chmod(mode)
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+def move_files(source, folder, names):
+    """Moves files into another folder, one after the other. What is not there goes there too."""
+    for name in names:
+        if (Path(source) / name).exists():
+            with whole(Path(folder) / name) as part:
+                os.replace(Path(source) / name, part)
+        else:
+            (Path(folder) / name).unlink(missing_ok=True)
+
+class Log:
+    """metrics.jsonl: a JSON object a line. What stands behind the first `keep` bytes is cut off,
+    since a resumed run writes it again."""
+
+    def __init__(self, path, keep=0):
+        self.file = open(path, "ab")
+        if self.file.tell() < keep:
+            raise ValueError(f"{path}: shorter than its checkpoint says; start over: --overwrite")
+        self.file.truncate(keep)
+        self.file.seek(keep)
+
+    def __call__(self, event, **entry):
+        self.file.write(json.dumps({"event": event} | entry).encode() + b"\n")
+        self.file.flush()
+
+    def size(self):
+        """The bytes so far, all of them on disk."""
+        os.fsync(self.file.fileno())
+        return self.file.tell()
+
+def read_log(path):
+    """The whole lines of a log, as dicts; none if the first is not the settings of a run."""
+    entries = []
+    if path.is_file():
+        for line in path.read_bytes().split(b"\n"):
+            with contextlib.suppress(ValueError, RecursionError):
+                entries.append(json.loads(line))
+    entries = [entry for entry in entries if isinstance(entry, dict) and "event" in entry]
+    return entries if entries and entries[0]["event"] == "settings" else []
+
+def compare_settings(path, written, settings):
+    """Raises ValueError if a log or a checkpoint was written with other settings than these."""
+    for key, value in json.loads(json.dumps(settings)).items():
+        same = value is None or key not in written or written[key] == value
+        if not same and key not in ("out", "device"):
+            raise ValueError(f"{path}: written with {key} {written[key]}, this run has {value}; "
+                             "resume with the flags of that run, or give another --out")
+
+def checksum(text, tensors=()):
+    """SHA-256, in hex, of a string and of {name: tensor}, in the order of the names."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+def save_checked(path, tensors, header):
+    """Writes {name: tensor} and a header (anything JSON can hold), with their checksum."""
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    header = json.dumps(header)
+    metadata = {"header": header, "sha256": checksum(header, tensors)}
+    try:
+        with whole(path) as part:
+            safetensors.torch.save_file(tensors, part, metadata=metadata)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path}: cannot be written ({error}); the one before it, if any, is "
+                      "untouched: --resume goes on from there") from None
+
+def load_checked(path):
+    """The reverse of save_checked: ({name: tensor}, header). Raises ValueError for a damaged
+    one."""
+    with reading(path, "a checkpoint; start over with --overwrite"):
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if checksum(metadata["header"], tensors) != metadata["sha256"]:
+            raise ValueError("damaged: the checksum is not that of the content")
+        return tensors, json.loads(metadata["header"])
+
+@contextlib.contextmanager
+def only_run_in(folder):
+    """Inside, a second run in the folder is refused. The system drops the lock with the process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a") as file:
+        try:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows
+            pass
+        except BlockingIOError:
+            raise FileExistsError(f"{folder}: another run is at work in it; wait for it, or give "
+                                  "another --out") from None
+        yield
+
+@contextlib.contextmanager
+def interruptible():
+    """Inside, a first ctrl-C or SIGTERM is only noted, in the list that it gives, so that no step
+    is torn in two. A second one breaks off at once."""
+    noted = []
+
+    def note(*_):
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(True)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+# ---- The terminal and the machine -------------------------------------------------------------
+
+def printable(text, most=500):
+    """Any text as one line for a terminal: white space joined, control characters escaped, cut."""
+    line = " ".join(str(text)[:10 * most].split())
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    return line if len(line) <= most else line[:most - 4] + " ..."
+
+def progress_bar(name, total, done=0, **kwargs):
+    """On a terminal a bar, in a log file a line every half minute."""
+    pause = 0.1 if sys.stderr.isatty() else 30
+    line = "{desc:<12}{n_fmt:>6}/{total_fmt} |{bar}|{postfix} {remaining} left"
+    return tqdm(total=total, initial=done, desc=name, dynamic_ncols=True, bar_format=line,
+                mininterval=pause, maxinterval=max(pause, 10), **kwargs)
+
+class Unbreakable:
+    """A terminal that may vanish, or lack a character: neither stops a run."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.write(text.encode(encoding, "replace").decode(encoding))
+
+    def flush(self):
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+def peak_mb(device):
+    """The most memory this process has held, in MB: on the GPU if it ran there, else in all."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    if sys.platform == "win32":
+        return 0
+    import resource
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+# ---- The demo's language: film reviews ------------------------------------------------------
+
+NOUNS = "film plot story script acting cast music ending camera dialogue humour hero".split()
+GOOD = "brilliant charming clever elegant fresh funny gripping lively moving witty".split()
+BAD = "awkward boring clumsy dull flat messy shallow silly tedious weak".split()
+PLAIN = ("the {} was {}", "the {} was really {}", "the {} was rather {}", "i found the {} {}",
+         "everybody found the {} {}", "the {} felt {}")
+NEGATED = ("the {} was not {}", "the {} was not at all {}", "the {} was never {}",
+           "i never found the {} {}", "nobody found the {} {}", "the {} was hardly {}")
+OPENERS = ("", "", "", "honestly , ", "for me ", "well , ", "i must say ", "as always ")
+VERDICTS = ("it was {}", "overall it was {}", "simply {}", "what a {} film")
+SIZES = {"test": 1000, "dev": 1000, "train": 8000, "corpus": 16_000}
+
+def write_demo(folder, seed=0, sizes=SIZES):
+    """Writes a made-up task in SST-2's layout, folder/DEMO/{train,dev,test}.tsv, and what a BERT
+    learns its language from: corpus.txt, a text a line, and vocab.txt.
+
+    No word tells alone: "hardly dull" is praise. The corpus has no labels, but each text ends in a
+    verdict, "... . overall it was great", so the label words occur where they belong. No sentence
+    of dev or test is in train or in the corpus."""
+    rng, folder = random.Random(seed), Path(folder)
+    (folder / "DEMO").mkdir(parents=True, exist_ok=True)
+    held_out = set()
+    for split in ("test", "dev", "train"):
+        reviews = []
+        for _ in range(sizes[split]):
+            reviews.append(_review(rng, held_out))
+            if split != "train":
+                held_out.add(reviews[-1][0])
+        lines = ["sentence\tlabel", *(f"{text}\t{int(good)}" for text, good in reviews)]
+        if split == "test":
+            lines = ["index\tsentence", *(f"{i}\t{text}" for i, (text, _) in enumerate(reviews))]
+        (folder / f"DEMO/{split}.tsv").write_text("\n".join(lines) + "\n", "utf-8")
+    corpus = []
+    for _ in range(sizes["corpus"]):
+        text, good = _review(rng, held_out)
+        verdict = rng.choice(VERDICTS).format("great" if good else "terrible")
+        corpus.append(f"{text} . {verdict}")
+    letters = "abcdefghijklmnopqrstuvwxyz"  # any other word can be spelled with them
+    words = sorted({*" ".join(corpus).split(), *letters}) + [f"##{letter}" for letter in letters]
+    (folder / "corpus.txt").write_text("\n".join(corpus) + "\n", "utf-8")
+    (folder / "vocab.txt").write_text("\n".join([*SPECIAL, *words]) + "\n", "utf-8")
+
+def _review(rng, held_out):
+    """A sentence that is not held out, and whether it is praise."""
+    while True:
+        good, negated = rng.random() < 0.5, rng.random() < 0.2
+        opener, frame = rng.choice(OPENERS), rng.choice(NEGATED if negated else PLAIN)
+        words = rng.choice(NOUNS), rng.choice(GOOD if good != negated else BAD)
+        text = opener + frame.format(*words)
+        if text not in held_out:
+            return text, good

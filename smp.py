@@ -1,35 +1,27 @@
 """Static Model Pruning (SMP): adapt a frozen network to a task by choosing which weights to drop.
 
-Jiang et al., "Pruning Pre-trained Language Models Without Fine-Tuning", ACL 2023 (arXiv
-2210.06210). Every weight W of a linear layer gets a score S. The forward pass uses
+Jiang et al., ACL 2023 (arXiv 2210.06210). Each weight W of a linear layer gets a score S:
 
-    scores  --top-k-->  mask in {0,1}  --times weight-->  masked_weight  --matmul-->  output
-      S                   M                                W' = W * M
+    scores S  -- top-k -->  mask M of 0 and 1  -- times W -->  masked weight W'  -->  output
 
-and the backward pass treats the mask as if it were the score itself (straight-through), so
+Backward, the mask counts as the scores themselves ("straight-through"):
 
-    dL/dS = dL/dM = dL/dW' * W             for the kept weights and for the pruned ones alike:
+    dL/dS = dL/dM = dL/dW' * W       for kept and for pruned weights alike    (Eq. 3)
 
-dL/dW' is the output's gradient times the input; the mask is not in it, so a pruned weight hears it too.
+The weights never change. Learning the scores is all the learning there is:
 
-Descent on S thus adds up -dL/dW' * W (Eq. 3; Adam rescales it), the "movement" of a weight that never moves: its score
-rises while descent, if it were let, would drive it away from zero, and falls while it would drive it to zero. (|W| can be
-where scores start, not the score: it never changes, and neither would the mask.) W, the biases, the LayerNorms, the
-embeddings and the head stay as they were pre-trained. Learning the scores is all the learning there is, and a task adds one
-bit a weight: 10.6 MB (85 as bools) for the 84,934,656 prunable ones of BERT-base. No step gets faster: a 0 is multiplied too.
+    layers = prune(model, names, "magnitude")
+    scores = [layer.scores for layer in layers.values()]
+    optimizer = torch.optim.AdamW(scores, lr=2e-2, weight_decay=0.0)
+    for step, (x, labels) in enumerate(batches):
+        choose_masks(layers, sparsity_at(step, steps // 2, 0.9))
+        objective(model(x), labels).backward()
+        lam = balanced_lambda(scores) if step == 0 else lam
+        add_regularizer_gradient(scores, lam * sparsity_at(step, steps, 1.0))
+        optimizer.step()
+        optimizer.zero_grad()
 
-Read on in the order in which a step needs it:
-
-    Table 3   the masking functions: four rules for the score that is kept      topk_mask, keep_counts
-    Eq. 4     SMP-S, the rule of the paper's own                                keep_counts
-    Eq. 5     how the sparsity grows over the steps                             sparsity_at
-    Eq. 6, 7  task loss + sparsity regulariser; the distillation loss           objective, regularizer, distillation_loss
-    Eq. 3     the layer that puts them to use                                   MaskedLinear, prune, choose_masks
-
-Nothing here knows of BERT: `prune` takes any module with nn.Linears in it.
-
-Letters:  n weights of a matrix   N weights of all matrices   L layers   B batch   C classes
-Sparsity is always the fraction REMOVED: 0.9 keeps one weight in ten.
+Sparsity is the fraction REMOVED. Letters: n weights of a matrix, m matrices, B batch, C classes.
 """
 
 import contextlib
@@ -40,14 +32,9 @@ import torch.nn.functional as F
 from torch import nn
 
 
-# ---- Masks: from scores to zeros and ones (Section 4.1) -------------------------------------
-
+# ---- The layer (Eq. 3) ----------------------------------------------------------------------
 class StraightThrough(torch.autograd.Function):
-    """The mask forwards, the identity backwards: whatever gradient reaches the mask is handed to the scores, bit for
-    bit. The true derivative of a step function is 0 almost everywhere and would teach nothing; this stand-in asks "what if
-    this entry were a little more present?", and asks it of pruned entries too, which is how a pruned weight comes back: a
-    gradient times the mask would make pruning final. (Only a weight of exactly 0 never hears from the task.)"""
-
+    """Forward: the mask. Backward: the identity, so a pruned weight can come back."""
     @staticmethod
     def forward(ctx, scores, mask):
         return mask.to(scores.dtype)
@@ -56,301 +43,46 @@ class StraightThrough(torch.autograd.Function):
     def backward(ctx, grad):
         return grad, None
 
-
-def topk_mask(scores, n_keep):
-    """The 0/1 mask of the n_keep largest scores, straight-through.
-
-    scores: any shape, any floating dtype; the mask has both. Exactly n_keep ones whatever the ties: among
-    equal scores the first, row by row, wins, on every run and device.
-        topk_mask([[.1, .7], [.7, .7]], 2)  ->  [[0, 1], [1, 0]]
-    Raises ValueError for an n_keep outside [0, n], FloatingPointError for nan or inf in scores."""
-    if not 0 <= n_keep <= scores.numel():
-        raise ValueError(f"n_keep is {n_keep}; expected 0 to {scores.numel()}, the number of scores")
-    return StraightThrough.apply(scores, _topk(scores.detach().flatten(), n_keep, [], scores.dtype).view(scores.shape))
-
-
-def threshold_mask(scores, tau):
-    """The 0/1 mask of the scores with sigmoid(S) > tau, straight-through (Table 3, row T)."""
-    return StraightThrough.apply(scores, torch.sigmoid(scores.detach()) > tau)
-
-
-def _topk(flat, n_keep, past, dtype=torch.bool):
-    """Flat scores (n,) -> mask (n,) of a dtype. Where scores start from zero, ties are the rule: after Adam's first step
-    every score is +-lr, and weights without a task gradient stay equal for ever. past is a list of the last two
-    thresholds of this matrix, for a good guess at the next, and is kept up to date."""
-    if not math.isfinite(flat.sum()) and not flat.isfinite().all():  # a sum can also just be too large
-        raise FloatingPointError("nan or inf among the scores: the run has diverged")
-    if n_keep in (0, len(flat)):
-        return torch.full_like(flat, n_keep > 0, dtype=dtype)
-    threshold, at_least = _kth_largest(flat, n_keep, past)
-    past[:] = past[-1:] + [float(threshold)]
-    mask = torch.ge(flat, threshold, out=torch.empty_like(flat, dtype=dtype))
-    if surplus := at_least - n_keep:  # the last ties must go: find the first of them, halving the stretch it is in
-        ties, start, end = flat == threshold, 0, len(flat)
-        while end - start > 1:
-            middle = (start + end) // 2
-            behind = int(ties[middle:end].count_nonzero())
-            start, end, surplus = (middle, end, surplus) if behind >= surplus else (start, middle, surplus - behind)
-        torch.gt(flat[start:], threshold, out=mask[start:])
-    return mask
-
-
-def _kth_largest(flat, k, past):
-    """The k-th largest of (n,) values and how many are at least as large, exactly, without sorting.
-
-    Guess a bracket. Counting what lies above and inside proves it, and from the few inside the answer is selected.
-    A bracket that missed costs time, never truth: the next one, or kthvalue over all, says the same, only later."""
-    n, above = len(flat), 0
-    for high, low in _brackets(flat, k, past) if n > 16384 and n % 8 == 0 else ():  # eights, see below
-        over, least = flat > high, flat >= low
-        n_over, n_least = torch.stack([over.count_nonzero(), least.count_nonzero()]).tolist()
-        if n_over < k <= n_least:
-            if low == high:
-                return low, n_least
-            eights = (over ^ least).view(torch.int64)  # few flags are set: eight bools, seen as one number, are mostly 0
-            hits = eights.nonzero()[:, 0]
-            flat = flat.view(-1, 8).index_select(0, hits).view(-1)[eights.index_select(0, hits).view(torch.bool)]
-            above = n_over
-            break
-    threshold = flat.kthvalue(len(flat) - (k - above) + 1).values
-    return threshold, above + int((flat >= threshold).count_nonzero())
-
-
-def _brackets(flat, k, past):
-    """Guesses (high, low) at the k-th largest of (n,) values, the cheaper first. In training thresholds move evenly: 19
-    times in 20 the next is the last plus 0 to 2 times its last move. And a sample, every 127th value (a prime: a rounder
-    stride would see but a few columns of a matrix), says it within 3 standard errors of a rank to either side."""
-    if len(past) == 2:
-        there = past[1] + 2 * (past[1] - past[0])
-        yield max(past[1], there), min(past[1], there)
-    sample = flat[::127].contiguous()
-    m, share = len(sample), k / len(flat)
-    margin = 1 + 3 * math.sqrt(m * share * (1 - share))
-    yield tuple(sample.kthvalue(min(max(m - int(rank), 1), m)).values for rank in (m * share - margin, m * share + margin))
-
-
-def _topk_bitwise(stack, n_keep):
-    """_topk for m matrices of one size, float32 (m, n) and counts (m, 1) -> bool (m, n), with no number read by the host.
-
-    Read as int32, floats keep their order, once all bits but the sign of the negative ones are flipped. So a threshold can be
-    built from its highest bit down: a bit is set if at least n_keep scores still reach the threshold with it. 32 passes,
-    whatever the scores: on a CPU a bracket is fifteen times as fast, but on a GPU it would make the host wait."""
-    keys = (stack + 0.0).view(torch.int32)  # + 0.0 makes 0.0 of a -0.0
-    keys ^= (keys >> 31) & 0x7FFFFFFF
-    threshold = torch.full_like(n_keep, -2 ** 31, dtype=torch.int32)
-    for bit in [-2 ** 31] + [2 ** b for b in range(30, -1, -1)]:
-        enough = (keys >= threshold ^ bit).sum(1, keepdim=True) >= n_keep
-        threshold = torch.where(enough, threshold ^ bit, threshold)
-    above, ties = keys > threshold, keys == threshold
-    nth = ties.flatten().cumsum(0, dtype=torch.int32).view(ties.shape)  # one long scan: a GPU is slow at a few short ones
-    nth -= nth[:, :1] - ties[:, :1].int()
-    return above | ties & (nth <= n_keep - above.sum(1, keepdim=True))
-
-
-# ---- Rules: how many weights each matrix keeps (Table 3, Eq. 4) -----------------------------
-
-RULES = {
-    "smp-s":     "each matrix in proportion to R(S) among those of its type (Table 3, S)",
-    "smp-l":     "every matrix the same fraction (Table 3, L)",
-    "global":    "one threshold over all matrices (Table 3, G)",
-    "threshold": "whatever has sigmoid(S) > tau; the sparsity is what lambda makes it (Table 3, T)",
-}
-
-
-def keep_counts(scores, sparsity, rule, tau=0.1):
-    """How many weights each matrix keeps: {name: scores} -> {name: count, a 0-dim tensor where the scores are}.
-
-    All four masking functions of Table 3 ask for the largest scores of a matrix and differ only in how far down they go. So
-    here is the whole of a rule: a count for each matrix; choose_masks does the rest. The counts sum to exactly
-    round((1 - sparsity) * N), except under "threshold", the mask of soft movement pruning, which in the paper does not
-    converge while the weights are frozen.
-
-    The type of a matrix is the last part of its name: `layers.3.Q` is a Q. SMP-S compares the L matrices of one type, and l gets
-
-        k_l = k * L * R(S_l) / sum_j R(S_j),     k = 1 - sparsity,  R(S) = mean of sigmoid(S)    (Eq. 4)
-
-    of its weights (the paper writes v for k here, and in Eq. 5 for the sparsity). That is more than there are where R(S_l) is
-    over 1/k times the mean: early on the ramp of every run, k being near 1 there, and never with k <= 1/L. The original code
-    cuts off the excess and keeps too little; here such a matrix is kept whole and the others of its type share the rest.
-    (Where sizes differ, shares go by n_l R(S_l).) Raises ValueError for an unknown rule or a sparsity outside [0, 1]."""
-    if rule not in RULES:
-        raise ValueError(f"rule is {rule!r}; expected one of {', '.join(RULES)}")
-    if not 0 <= sparsity <= 1:
-        raise ValueError(f"sparsity is {sparsity}; expected a fraction from 0 to 1, the part to remove")
-    scores = {name: s.detach() for name, s in scores.items()}
-    size = {name: s.numel() for name, s in scores.items()}
-    total = round((1 - sparsity) * sum(size.values()))  # round, since int((1 - 0.9) * 10) is 0
-    if rule == "threshold":
-        return {name: threshold_mask(s, tau).count_nonzero() for name, s in scores.items()}
-    if rule == "global":
-        everything = torch.cat([s.flatten() for s in scores.values()])
-        parts = topk_mask(everything, total).split(list(size.values()))
-        return {name: part.count_nonzero() for name, part in zip(scores, parts)}
-
-    quota = {}
-    for kind in dict.fromkeys(name.rpartition(".")[2] for name in scores):
-        peers = [name for name in scores if name.rpartition(".")[2] == kind]
-        to_share = (1 - sparsity) * sum(size[name] for name in peers)
-        # By full: to copy a list of numbers to a GPU would make the host wait.
-        n = torch.stack([torch.full((), size[name], dtype=torch.float64, device=scores[name].device) for name in peers])
-        R = torch.ones_like(n)  # SMP-L is SMP-S with all R equal
-        if rule == "smp-s":  # no 0, for shares divide by it, and no nan: that is for the mask of its own matrix to find
-            R = torch.stack([importance(scores[name]) for name in peers]).double().nan_to_num().clamp(min=1e-45)
-        # With the j largest R kept whole and the rest at scale * R, what is kept is sum n min(1, scale * R) or more, and for the
-        # right j just that. So of the scales at which it is to_share, one for each j, the largest is the right one.
-        ordered, order = R.sort(descending=True, stable=True)
-        whole = n[order].cumsum(0) - n[order]
-        scale = ((to_share - whole) / (n[order] * ordered).flip(0).cumsum(0).flip(0)).amax()
-        quota |= zip(peers, (n * (scale * R).clamp(max=1)).unbind())
-
-    # Whole numbers that sum to the total: round down, then one more for the largest fractions.
-    quota = torch.stack([quota[name] for name in scores]).round(decimals=6)  # a 4.9999999999 is a 5
-    counts = quota.floor()
-    by_fraction = (counts - quota).argsort(stable=True)
-    one_more = torch.arange(len(counts), device=counts.device) < total - counts.sum()
-    counts.scatter_add_(0, by_fraction, one_more.double())
-    return dict(zip(scores, counts.long().unbind()))
-
-
-def importance(scores):
-    """R(S) of one matrix: the mean of sigmoid(S), in (0, 1), a scalar tensor. The paper writes a sum, which would pull n times
-    as hard (a score 0 of a Q of BERT-base by 1.4, not 2.4e-6); its lambda = 400 is meant for the mean, which its code takes.
-    (Unsaid in the paper, that code also divides S by 4 where 70 or 80 % are kept, and by 3 for MNLI at 50 %. It brings the R of
-    the matrices closer together, so that Eq. 4 less often asks for more than all. With capped shares it is not needed.)"""
-    return torch.sigmoid(scores).mean(dtype=torch.promote_types(scores.dtype, torch.float32))
-
-
-# ---- Schedule and objective (Eq. 5, 6, 7) ---------------------------------------------------
-
-def sparsity_at(step, ramp_steps, target):
-    """The sparsity v_t at a step, v_f being the target and N, here only, the number of ramp_steps (Eq. 5):
-
-        v_t = v_f - v_f (1 - t/N)^3   for t < N,   then v_f
-
-    Fast at first, while there is plenty to drop, slow near the end. With 0 ramp_steps the target holds from step 0 on. After N
-    the number of kept weights is fixed, but not which ones. To keep 50 % or less, N is 3,500 in the paper; in its code it is
-    the run's steps minus 30,000, negative on small tasks (MRPC: 6,900 - 30,000), where it crashes. In train.py it is a
-    fraction of the run, so that no run ends before its target, too dense. (To keep over 70 %, the paper takes 7
-    epochs, its code 3,500 or 5,250 steps.)
-        sparsity_at(0, 100, 0.9) -> 0     sparsity_at(50, 100, 0.9) -> 0.7875     sparsity_at(100, 100, 0.9) -> 0.9"""
-    if step >= ramp_steps:
-        return target
-    return target - target * (1 - step / ramp_steps) ** 3
-
-
-def regularizer(scores):
-    """The mean of R(S) over a list of score matrices, a scalar in (0, 1).
-
-    Its gradient, sigmoid'(S) / (n times the number of matrices), pulls every score down. Soon nearly all are below 0, from
-    whatever start, and there sigmoid' grows with S: what is kept is pulled harder than what is pruned (twice as hard, in the
-    middle of a run to 90 %), so the mask keeps moving, and only a weight that the task keeps asking for stays. In the paper,
-    MNLI at 3 % kept falls from 80.6 to 69.2 without it. (A mean of means: a Q is pulled four times as hard as a U.)"""
-    return sum(importance(s) for s in scores) / len(scores)
-
-
-@torch.no_grad()
-def add_regularizer_gradient(scores, strength):
-    """Adds strength * dR/dS to the gradients of a list of scores, in place: what, but for rounding, autograd would get
-    from (strength * regularizer(scores)).backward(), matrix by matrix in a third of the time."""
-    for s in scores:
-        sigmoid = torch.sigmoid(s)
-        s.grad.addcmul_(sigmoid, 1 - sigmoid, value=strength / (len(scores) * s.numel()))
-
-
-def task_loss(logits, labels):
-    """Cross-entropy of logits (B, C) with class numbers (B,), or for float labels (B,), a
-    regression, the squared error of the only logit (B, 1). Mean over the batch."""
-    if labels.is_floating_point():
-        return F.mse_loss(logits[:, 0], labels)
-    return F.cross_entropy(logits, labels)
-
-
-def distillation_loss(student_logits, teacher_logits, temperature=2.0):
-    """T^2 KL(teacher || student) of the softened distributions softmax(logits / T), logits (B, C),
-    summed over classes, mean over the batch. T^2 keeps the gradient's size the same for every T.
-
-    Eq. 7 is KL(student || teacher), without a T; the authors' code, like movement pruning before it, computes this one (with
-    T = 2, a = 1/2), which makes the student cover all that the teacher holds possible. One logit has no distribution: a
-    regression takes the squared difference of the outputs."""
-    if student_logits.shape[1] == 1:
-        return F.mse_loss(student_logits, teacher_logits)
-    student = F.log_softmax(student_logits / temperature, dim=1)
-    teacher = F.log_softmax(teacher_logits / temperature, dim=1)
-    return temperature ** 2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-
-
-def objective(logits, labels, teacher_logits=None, temperature=2.0, teacher_weight=0.5):
-    """L_task, or with a teacher (1 - a) L_task + a distillation_loss, a scalar; a = teacher_weight. The
-    whole objective (Eq. 6; there the ramp is v_t / v_f, in train.py it grows over the whole run) is
-
-        L = this + lambda * ramp * regularizer(scores)
-
-    and train.py adds the second part's gradient after the first's, on which lambda is measured (balanced_lambda)."""
-    loss = task_loss(logits, labels)
-    if teacher_logits is None:
-        return loss
-    return (1 - teacher_weight) * loss + teacher_weight * distillation_loss(logits, teacher_logits, temperature)
-
-
-def balanced_lambda(scores, pull=1.0):
-    """A lambda to the measure of the model, a float, read off the task gradients g in scores.grad:
-
-        lambda = pull * 4 N rms(g)
-
-    so that scores at 0, where sigmoid' = 1/4, are on average pulled down `pull` times as hard as the task pushes a typical
-    score about. train.py takes it at the first batch (a regression's first gradients only find its mean: there the smallest
-    of the first twentieth of the steps), and lets it grow from 0 to full strength.
-
-    Why a pull at all, beside what `regularizer` says: Adam rescales every gradient to about size 1, so that with the task
-    alone each score would move at one speed, signal or noise. A common pull as large as the noise dominates Adam's divisor,
-    and a score moves in proportion to its task gradient. The paper's 400 was chosen for BERT-base and fits no other size: a
-    pull of 1 is a lambda of 1,100 to 1,400 for a BERT of 10.6M weights (SST-2, MRPC, CoLA, STS-B), of 18 for the demo's 1.6M.
-    (Taken anew at every step it would grow with the gradients, fivefold as masks get sparse; so it is taken once.)"""
-    n = sum(s.numel() for s in scores)
-    return 4 * pull * math.sqrt(n) * nn.utils.get_total_norm([s.grad for s in scores]).item()
-
-
-# ---- The layer (Eq. 3) ----------------------------------------------------------------------
-
 class MaskedLinear(nn.Module):
-    """A frozen nn.Linear that learns which of its weights to use.
-
-    weight (out, in) and bias (out,) are those of the linear it replaces, bit for bit; scores (out, in) is the one trainable
-    parameter. (The methods SMP is compared with thaw the weight: what it then gets is dL/dW = dL/dW' * M, nothing where it
-    is pruned.) mask, bool (out, in), keeps all weights until choose_masks is called, and has to be chosen anew
-    whenever scores have moved, or been loaded (it is not in the state_dict)."""
-
-    def __init__(self, linear, init):
+    """A linear layer with the weight W' = W * M.
+    dense_weight W (out, in) and bias (out,) are the replaced linear's; scores S (out, in) are
+    learned; mask M, bool (out, in), is all ones until choose_masks sets it."""
+    def __init__(self, linear, init="zero"):
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
+        self.dense_weight = linear.weight
+        self.bias = linear.bias
         self.scores = nn.Parameter(initial_scores(linear.weight, init))
-        self.register_buffer("mask", torch.ones_like(linear.weight, dtype=torch.bool), persistent=False)
-        self.past = []  # its last two thresholds, see _brackets
-        self.masked_weight = None  # set by folded(), where the mask does not change between batches
+        self.register_buffer("mask", torch.ones_like(linear.weight).bool(), persistent=False)
+        self.folded_weight = None  # see folded
+        self.last_thresholds = []  # see _brackets
 
-    def forward(self, x):                                       # (..., in) -> (..., out)
-        masked_weight = self.masked_weight
-        if masked_weight is None:
-            masked_weight = self.weight * StraightThrough.apply(self.scores, self.mask)
-        return F.linear(x, masked_weight, self.bias)
+    @property
+    def weight(self):  # also for modules that read it and never call forward
+        if self.folded_weight is not None:
+            return self.folded_weight
+        return self.dense_weight * StraightThrough.apply(self.scores, self.mask)
 
+    def forward(self, x):  # (..., in) -> (..., out)
+        return F.linear(x, self.weight, self.bias)
 
 def initial_scores(weight, init):
-    """Scores to start from, float32, shaped like the weight: "zero", the paper's; "magnitude", train.py's
-    default, |W| over twice the standard deviation of its matrix; or "random".
-
-    With zeros the first cuts fall by noise, and a network that was cut blindly teaches its scores little. From magnitudes
-    the first to go are weights that hardly matter. The head start is small: what a standard deviation gives, 25 steps at a
-    learning rate of 2e-2 can take away."""
+    """Scores to start from, float32, shaped like the weight. Raises ValueError for another init."""
     weight = weight.detach().float()
-    if init == "magnitude":
+    if init == "zero":  # the paper's
+        return torch.zeros_like(weight)
+    if init == "magnitude":  # so the first weights to go hardly matter
         return weight.abs() / (2 * weight.std()).clamp_min(1e-12)
-    return torch.zeros_like(weight) if init == "zero" else torch.rand_like(weight)
-
+    if init == "random":
+        return torch.rand_like(weight)
+    raise ValueError(f"init is {init!r}; expected zero, magnitude or random")
 
 def prune(model, names, init="zero"):
-    """Freezes all of a model, then gives each nn.Linear in `names` scores. In place; returns
-    {name: MaskedLinear}. Raises TypeError for a name that is no nn.Linear."""
+    """Freezes a model and replaces each nn.Linear in `names` by a MaskedLinear, in place.
+    Returns {name: MaskedLinear}. Raises TypeError for a name that is no nn.Linear, ValueError for
+    BatchNorm statistics that would move. nn.MultiheadAttention's in_proj_weight stays dense."""
+    for name, module in model.named_modules():
+        if module.training and getattr(module, "track_running_stats", False):
+            raise ValueError(f"{name}: its running statistics move in training; call eval() on it")
     model.requires_grad_(False)
     layers = {}
     for name in names:
@@ -361,39 +93,252 @@ def prune(model, names, init="zero"):
         model.set_submodule(name, layers[name])
     return layers
 
+# ---- Which weights stay (Section 4.1, Table 3, Eq. 4) ---------------------------------------
+def topk_mask(scores, n_keep):
+    """The 0/1 mask of the n_keep largest scores, straight-through, shaped like the scores.
+    By definition: sort, of equals the first first, and keep exactly n_keep:
+        topk_mask([[.1, .7], [.7, .7]], 2)  ->  [[0, 1], [1, 0]]
+    Raises ValueError for an impossible n_keep, FloatingPointError for nan or inf."""
+    if not 0 <= n_keep <= scores.numel():
+        raise ValueError(f"n_keep is {n_keep}; expected 0 to {scores.numel()}")
+    if not scores.isfinite().all():
+        raise FloatingPointError("nan or inf among the scores")
+    return StraightThrough.apply(scores, _search(scores.detach(), int(n_keep), []))
+
+def threshold_mask(scores, tau):
+    """The 0/1 mask of the scores with sigmoid(S) > tau, straight-through."""
+    return StraightThrough.apply(scores, torch.sigmoid(scores.detach()) > tau)
+
+RULES = {  # Table 3: S, L, G, T
+    "smp-s": "the matrices of a type in proportion to R(S)",
+    "smp-l": "each matrix the same fraction",
+    "global": "one threshold over all matrices",
+    "threshold": "whatever has sigmoid(S) > tau; the regulariser sets the sparsity",
+}
 
 @torch.no_grad()
-def choose_masks(layers, sparsity, rule="smp-s", tau=0.1, wait=None):
-    """Gives each of {name: MaskedLinear} the mask that its present scores, the sparsity and the rule call for. The whole method
-    is a loop over this, forwards, backwards, a step of the optimiser. Returns whether all scores are finite, a bool tensor.
+def keep_counts(scores, sparsity, rule="smp-s", tau=0.1):
+    """How many weights each matrix keeps: {name: scores} -> {name: count, a 0-dim tensor}.
+    Except under "threshold" they sum to exactly round((1 - sparsity) * all weights).
+    Raises ValueError for an unknown rule or a sparsity outside [0, 1]."""
+    if not 0 <= sparsity <= 1:
+        raise ValueError(f"sparsity is {sparsity}; expected 0 to 1, the fraction to remove")
+    keep, matrices = 1 - sparsity, list(scores.values())
+    total = round(keep * sum(s.numel() for s in matrices))
+    if rule == "threshold":
+        counts = [threshold_mask(s, tau).count_nonzero() for s in matrices]
+    elif rule == "global":
+        mask = topk_mask(torch.cat([s.flatten() for s in matrices]), total)
+        parts = mask.split([s.numel() for s in matrices])
+        counts = [part.count_nonzero() for part in parts]
+    elif rule == "smp-l":
+        counts = whole_numbers(keep * _sizes(matrices), total)
+    elif rule == "smp-s":
+        counts = whole_numbers(smp_s_shares(scores, keep), total)
+    else:
+        raise ValueError(f"rule is {rule!r}; expected one of {', '.join(RULES)}")
+    return dict(zip(scores, counts, strict=True))
 
-    Reading a number off a GPU makes the host wait for all that is queued there. So there, unless wait is True, matrices of one
-    size are stacked and nothing is read (but under "global"); check what is returned whenever you read the loss. On a CPU
-    reading is free, and nan or inf raise FloatingPointError at once."""
+def smp_s_shares(scores, keep):
+    """{name: scores} -> shares (m,). Among the L matrices of a type (layers.3.Q is a Q), l keeps
+        k_l = keep * L * R(S_l) / sum of R    of its weights (Eq. 4)"""
+    types, shares = {}, {}
+    for name, s in scores.items():
+        types.setdefault(name.rpartition(".")[2], {})[name] = s
+    for same in types.values():
+        R = torch.stack([importance(s) for s in same.values()]).double()
+        R = R.nan_to_num().clamp_min(1e-45)  # no 0, since shares divide by it
+        k = capped_shares(_sizes(same.values()), R, keep)
+        shares.update(zip(same, k, strict=True))
+    return torch.stack([shares[name] for name in scores])
+
+def importance(scores):
+    """R(S) of one matrix: the mean of sigmoid(S), a scalar in (0, 1) (see Details 3)."""
+    return torch.sigmoid(scores).mean()
+
+def capped_shares(sizes, R, keep):
+    """Shares in proportion to size * R that no matrix exceeds: (m,), (m,) -> (m,).
+    size * min(1, c R), with the c at which they sum to keep * sum(sizes) (see Details 2).
+        capped_shares([10, 10, 10], [6, 2, 1], 0.6)  ->  [10, 5.3, 2.7]"""
+    largest, order = R.sort(descending=True, stable=True)
+    n = sizes[order]
+    # With the j largest kept whole, the others share the rest: this gives a c for each j.
+    whole = n.cumsum(0) - n
+    others = (n * largest).flip(0).cumsum(0).flip(0)
+    c = ((keep * n.sum() - whole) / others).amax()  # any other c keeps too little
+    return sizes * (c * R).clamp(max=1)
+
+def whole_numbers(shares, total):
+    """Shares (m,) -> integers (m,) that sum to total: round down, then add 1 to the largest rests.
+        whole_numbers([1.5, 2.7, 2.8], 7)  ->  [1, 3, 3]"""
+    shares = shares.round(decimals=6)  # 4.9999999999 is 5
+    counts = shares.floor()
+    largest_rest_first = (counts - shares).argsort(stable=True)
+    one_more = torch.arange(len(counts), device=counts.device) < total - counts.sum()
+    return counts.scatter_add(0, largest_rest_first, one_more.double()).long()
+
+def _sizes(scores):
+    # Not torch.tensor(list): a GPU would make the host wait for that copy.
+    return torch.stack([s.new_full((), s.numel(), dtype=torch.float64) for s in scores])
+
+@torch.no_grad()
+def choose_masks(layers, sparsity, rule="smp-s", tau=0.1):
+    """Sets the mask of each of {name: MaskedLinear}: topk_mask of its scores and its count.
+    It does not look for nan: at every step that would make the host wait for a GPU."""
     scores = {name: layer.scores for name, layer in layers.items()}
-    counts, device = keep_counts(scores, sparsity, rule, tau), next(iter(scores.values())).device
-    finite = torch.ones((), dtype=torch.bool, device=device)
-    if wait or wait is None and device.type == "cpu":
+    counts = keep_counts(scores, sparsity, rule, tau)
+    if all(s.device.type == "cpu" for s in scores.values()):
         for name, layer in layers.items():
-            layer.mask = _topk(layer.scores.flatten(), int(counts[name]), layer.past).view(layer.scores.shape)
-        return finite
-    for n in {s.numel() for s in scores.values()}:
-        group = [name for name in scores if scores[name].numel() == n]
-        stack = torch.stack([scores[name].flatten() for name in group])
-        finite &= torch.stack(stack.aminmax()).isfinite().all()
-        for name, mask in zip(group, _topk_bitwise(stack, torch.stack([counts[name] for name in group])[:, None])):
-            layers[name].mask = mask.view(scores[name].shape)
-    return finite
-
+            layer.mask = _search(layer.scores, int(counts[name]), layer.last_thresholds)
+    else:
+        for name, mask in _search_stacked(scores, counts).items():
+            layers[name].mask = mask
 
 @contextlib.contextmanager
 def folded(layers, masks):
-    """Inside, the layers use the given {name: mask}, multiplied into the weights once instead of once a batch: what is
-    evaluated is exactly what is saved. The same frozen weights serve any number of tasks; another task is another mask."""
+    """Inside, the layers use the given {name: mask}, multiplied into their weights only once. One
+    frozen model serves any number of tasks: another task, another mask."""
     try:
         for name, layer in layers.items():
-            layer.masked_weight = layer.weight * masks[name].to(layer.weight)
+            layer.folded_weight = layer.dense_weight * masks[name].to(layer.dense_weight)
         yield
     finally:
         for layer in layers.values():
-            layer.masked_weight = None
+            layer.folded_weight = None
+
+# ---- Schedule and loss (Eq. 5, 6, 7) --------------------------------------------------------
+def sparsity_at(step, ramp_steps, target):
+    """The sparsity v_t at step t, with N ramp_steps and the target v_f (Eq. 5):
+        v_t = v_f - v_f (1 - t/N)^3   for t < N,   then v_f"""
+    if step >= ramp_steps:
+        return target
+    return target - target * (1 - step / ramp_steps) ** 3
+
+def regularizer(scores):
+    """The mean of R(S) over a list of score matrices, a scalar in (0, 1) (Eq. 6).
+    Below 0 it pulls kept scores down harder than pruned ones: sigmoid' grows with S there."""
+    return sum(importance(s) for s in scores) / len(scores)
+
+@torch.no_grad()
+def add_regularizer_gradient(scores, strength):
+    """What (strength * regularizer(scores)).backward() does, in a third of the time."""
+    for s in scores:
+        sigmoid = torch.sigmoid(s)
+        each = strength / (len(scores) * s.numel())
+        s.grad.addcmul_(sigmoid, 1 - sigmoid, value=each)
+
+def task_loss(logits, labels):
+    """Logits (B, C), class numbers (B,) -> cross-entropy. For a regression, logits (B, 1) and float
+    labels (B,) -> squared error. A mean over the batch."""
+    if labels.is_floating_point():
+        return F.mse_loss(logits[:, 0], labels)
+    return F.cross_entropy(logits, labels)
+
+def distillation_loss(student_logits, teacher_logits, temperature=2.0):
+    """T^2 KL(teacher || student) of softmax(logits / T), logits (B, C), a mean over the batch; for
+    a regression, logits (B, 1), the squared difference (Eq. 7, see Details 8)."""
+    if student_logits.shape[1] == 1:
+        return F.mse_loss(student_logits, teacher_logits)
+    student = F.log_softmax(student_logits / temperature, dim=1)
+    teacher = F.log_softmax(teacher_logits / temperature, dim=1)
+    # T^2 keeps the size of the gradient the same for every T.
+    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+def objective(logits, labels, teacher_logits=None, temperature=2.0, teacher_weight=0.5):
+    """task_loss, or with a teacher the weighted mean of task_loss and distillation_loss, a scalar.
+    Eq. 6 is objective + lambda * regularizer."""
+    loss = task_loss(logits, labels)
+    if teacher_logits is not None:
+        distilled = distillation_loss(logits, teacher_logits, temperature)
+        loss = (1 - teacher_weight) * loss + teacher_weight * distilled
+    return loss
+
+def balanced_lambda(scores, pull=1.0):
+    """The lambda at which the regulariser pulls a score at 0 `pull` times as hard as the typical
+    task gradient, a float (see Details 4). Call it after backward.
+        lambda = pull * 4 n rms(scores.grad)    n and rms over all scores; sigmoid'(0) is 1/4"""
+    n = sum(s.numel() for s in scores)
+    norm = nn.utils.get_total_norm([s.grad for s in scores])
+    return 4 * pull * math.sqrt(n) * norm.item()
+
+# ---- The fast search: one may stop here. It finds what topk_mask defines, without sorting ----
+def _search(scores, k, last_thresholds):
+    """Scores -> bool mask of the k largest, the first of equals first, on a CPU.
+    Guess low and high around the k-th largest. All above high stay, the few between are ranked.
+    A wrong guess costs time: the next one is wider."""
+    flat = scores.flatten()
+    if k in (0, len(flat)):
+        return torch.full_like(scores, k > 0, dtype=torch.bool)
+    if flat.device.type != "cpu":
+        return _search_bitwise(flat[None], torch.tensor([k]).to(flat.device)).view(scores.shape)
+    for low, high in _brackets(flat, k, last_thresholds):
+        mask = flat > high
+        between = _positions(mask ^ (flat >= low))
+        missing = k - int(mask.count_nonzero())
+        if 0 < missing <= len(between):
+            break
+    else:
+        raise FloatingPointError("nan among the scores")  # which no guess can hold
+    values = flat[between]
+    threshold = values.kthvalue(len(values) - missing + 1).values
+    above = between[values > threshold]
+    equal = between[values == threshold]
+    mask[above] = True
+    mask[equal[: missing - len(above)]] = True
+    last_thresholds[:] = [*last_thresholds[-1:], threshold.item()]
+    return mask.view(scores.shape)
+
+def _brackets(flat, k, last_thresholds):
+    """Guesses (low, high) at the k-th largest of scores (n,), the cheapest first."""
+    if len(last_thresholds) == 2:  # it mostly moves on by 0 to 2 times its last move
+        before, last = last_thresholds
+        ahead = last + 2 * (last - before)
+        yield min(last, ahead), max(last, ahead)
+    if len(flat) > 16384:  # a sample knows the rank to 3 standard errors
+        sample = flat[::127].contiguous()  # a prime: it meets every column
+        size, share = len(sample), 1 - k / len(flat)
+        error = 3 * math.sqrt(size * share * (1 - share)) + 1
+        low = max(int(size * share - error), 1)
+        high = min(int(size * share + error) + 1, size)
+        yield sample.kthvalue(low).values, sample.kthvalue(high).values
+    yield -math.inf, math.inf
+
+def _positions(flags):
+    """The indices of the set flags of (n,). Few are set, so look at eight at a time."""
+    if len(flags) % 8:
+        return flags.nonzero()[:, 0]
+    eights = flags.view(torch.int64).nonzero()[:, 0]
+    indices = 8 * eights[:, None] + torch.arange(8)
+    return indices[flags[indices]]
+
+def _search_stacked(scores, counts):
+    """{name: scores}, {name: count} -> {name: mask}, all matrices of one shape at once."""
+    masks = {}
+    for shape in {s.shape for s in scores.values()}:
+        same = [name for name in scores if scores[name].shape == shape]
+        stack = torch.stack([scores[name].flatten() for name in same])
+        k = torch.stack([counts[name] for name in same])
+        found = _search_bitwise(stack, k).view(-1, *shape)
+        masks.update(zip(same, found, strict=True))
+    return masks
+
+def _search_bitwise(stack, k):
+    """Scores (m, n) and counts k (m,) -> bool masks (m, n), for a GPU: the host reads no number.
+
+    Floats read as integers keep their order once negative ones have their bits flipped. The k-th
+    largest is found from its highest bit down: a bit is set if k scores still reach it."""
+    keys = (stack.float() + 0.0).view(torch.int32)  # + 0.0 makes 0.0 of -0.0
+    keys = keys ^ ((keys >> 31) & 0x7FFFFFFF)
+    k = k[:, None]
+    positive = (keys >= 0).sum(1, keepdim=True) >= k
+    threshold = torch.where(positive, 0, -(2**31)).int()
+    for bit in range(30, -1, -1):
+        higher = threshold + 2**bit
+        enough = (keys >= higher).sum(1, keepdim=True) >= k
+        threshold = torch.where(enough, higher, threshold)
+    above, equal = keys > threshold, keys == threshold
+    # One long scan over all rows: a GPU is slow at many short ones.
+    nth = equal.flatten().cumsum(0, dtype=torch.int32).view(equal.shape)
+    nth -= nth[:, :1] - equal[:, :1].int()
+    missing = k - above.sum(1, keepdim=True)
+    return above | (equal & (nth <= missing))
