@@ -44,9 +44,9 @@ class StraightThrough(torch.autograd.Function):
         return grad, None
 
 class MaskedLinear(nn.Module):
-    """A linear layer with the weight W' = W * M.
-    dense_weight W (out, in) and bias (out,) are the replaced linear's; scores S (out, in) are
-    learned; mask M, bool (out, in), is all ones until choose_masks sets it."""
+    """A linear layer with the weight W' = W * M. dense_weight W (out, in) and bias (out,) are the
+    replaced linear's, scores S (out, in) are learned, choose_masks sets the mask M, bool."""
+
     def __init__(self, linear, init="zero"):
         super().__init__()
         self.dense_weight = linear.weight
@@ -119,8 +119,7 @@ RULES = {  # Table 3: S, L, G, T
 @torch.no_grad()
 def keep_counts(scores, sparsity, rule="smp-s", tau=0.1):
     """How many weights each matrix keeps: {name: scores} -> {name: count, a 0-dim tensor}.
-    Except under "threshold" they sum to exactly round((1 - sparsity) * all weights).
-    Raises ValueError for an unknown rule or a sparsity outside [0, 1]."""
+    They sum to round((1 - sparsity) * all weights), but for "threshold". Raises ValueError."""
     if not 0 <= sparsity <= 1:
         raise ValueError(f"sparsity is {sparsity}; expected 0 to 1, the fraction to remove")
     keep, matrices = 1 - sparsity, list(scores.values())
@@ -157,8 +156,7 @@ def importance(scores):
     return torch.sigmoid(scores).mean()
 
 def capped_shares(sizes, R, keep):
-    """Shares in proportion to size * R that no matrix exceeds: (m,), (m,) -> (m,).
-    size * min(1, c R), with the c at which they sum to keep * sum(sizes) (see Details 2).
+    """size * min(1, c R), (m,), with the c at which it sums to keep * sum(sizes) (see Details 2).
         capped_shares([10, 10, 10], [6, 2, 1], 0.6)  ->  [10, 5.3, 2.7]"""
     largest, order = R.sort(descending=True, stable=True)
     n = sizes[order]
@@ -184,7 +182,7 @@ def _sizes(scores):
 @torch.no_grad()
 def choose_masks(layers, sparsity, rule="smp-s", tau=0.1):
     """Sets the mask of each of {name: MaskedLinear}: topk_mask of its scores and its count.
-    It does not look for nan: at every step that would make the host wait for a GPU."""
+    It does not look for nan: a GPU would make the host wait for that, at every step."""
     scores = {name: layer.scores for name, layer in layers.items()}
     counts = keep_counts(scores, sparsity, rule, tau)
     if all(s.device.type == "cpu" for s in scores.values()):
@@ -255,17 +253,15 @@ def objective(logits, labels, teacher_logits=None, temperature=2.0, teacher_weig
 
 def balanced_lambda(scores, pull=1.0):
     """The lambda at which the regulariser pulls a score at 0 `pull` times as hard as the typical
-    task gradient, a float (see Details 4). Call it after backward.
-        lambda = pull * 4 n rms(scores.grad)    n and rms over all scores; sigmoid'(0) is 1/4"""
+    task gradient, pull * 4 n rms(scores.grad) over all scores: sigmoid'(0) is 1/4. A float."""
     n = sum(s.numel() for s in scores)
     norm = nn.utils.get_total_norm([s.grad for s in scores])
     return 4 * pull * math.sqrt(n) * norm.item()
 
 # ---- The fast search: one may stop here. It finds what topk_mask defines, without sorting ----
 def _search(scores, k, last_thresholds):
-    """Scores -> bool mask of the k largest, the first of equals first, on a CPU.
-    Guess low and high around the k-th largest. All above high stay, the few between are ranked.
-    A wrong guess costs time: the next one is wider."""
+    """Scores -> bool mask of the k largest, the first of equals first. Guess low and high around
+    the k-th: what is above high stays, the few between are ranked. A wrong guess costs time."""
     flat = scores.flatten()
     if k in (0, len(flat)):
         return torch.full_like(scores, k > 0, dtype=torch.bool)
@@ -304,7 +300,7 @@ def _brackets(flat, k, last_thresholds):
     yield -math.inf, math.inf
 
 def _positions(flags):
-    """The indices of the set flags of (n,). Few are set, so look at eight at a time."""
+    """The indices of the set flags of (n,). Few are set: look at eight at a time, as an int64."""
     if len(flags) % 8:
         return flags.nonzero()[:, 0]
     eights = flags.view(torch.int64).nonzero()[:, 0]

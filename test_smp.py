@@ -1806,7 +1806,8 @@ def test_a_damaged_checkpoint_is_named(interrupted, capsys):
     for damaged in (good[:-9], good[:-9] + b"\1" + good[-8:], b"", b"x" * 99):
         path.write_bytes(damaged)
         message = fails(interrupted, "--resume", capsys=capsys)
-        assert "checkpoint.safetensors: not a checkpoint" in message and path.read_bytes() == damaged
+        assert "checkpoint.safetensors: not a checkpoint" in message
+        assert path.read_bytes() == damaged
     path.write_bytes(good)
     assert "lr 0.02, this run has 0.01" in fails(
         interrupted, "--resume", "--lr", "0.01", capsys=capsys

@@ -57,7 +57,7 @@ class TaskModel:
                              f"embedding {rows} rows; they are not of one model")
         positions = self.model.config.max_position_embeddings
         if s.max_length > positions:
-            raise ValueError(f"{folder}: it has {positions} positions; {s.max_length} are asked for")
+            raise ValueError(f"{folder}: it has {positions} positions, not {s.max_length}")
         self.fingerprint = fingerprint(self.model, self.tokenizer)
         self.model.to(s.device)
         self.label_ids = data.label_ids(self.tokenizer, task.words).to(s.device)
@@ -295,9 +295,9 @@ def finished_run(flags):
     Raises FileExistsError rather than replace what is there."""
     s, out = settings_of(flags), Path(flags.out)
     log, checkpoint = data.read_log(out / "metrics.jsonl"), out / "checkpoint.safetensors"
-    for given in (s.model, s.teacher):
-        if given and Path(given).resolve() == (out / "model").resolve():
-            raise ValueError(f"--out {out}: it holds {given}, which this run reads; give another")
+    own = (out / "model").resolve()
+    if own in (Path(s.model).resolve(), Path(s.teacher or "-").resolve()):
+        raise ValueError(f"--out {out}: this run reads the model in it; give another")
     results = ("metrics.jsonl", "mask.safetensors", "model/model.safetensors")
     held = [name for name in results if (out / name).exists()]
     resumable = log or checkpoint.exists()
@@ -563,9 +563,9 @@ def format_metrics(metrics):
                      if name != "score" or len(metrics) > 2)
 
 def show_progress(bar, run, loss):
-    sparsity = data.sparsity_of({name: layer.mask for name, layer in run.layers.items()})
-    rate = run.optimizer.param_groups[0]["lr"]
-    bar.set_postfix_str(f"loss {loss:.3f}  sparsity {sparsity:.3f}  lr {rate:.1e}", refresh=False)
+    masks = {name: layer.mask for name, layer in run.layers.items()}
+    sparsity = data.sparsity_of(masks)
+    bar.set_postfix_str(f"loss {loss:.3f}  sparsity {sparsity:.3f}", refresh=False)
     bar.update(run.state["step"] - bar.n)
 
 def introduce(run):
