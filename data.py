@@ -118,6 +118,8 @@ def read_split(task, data_dir, split, limit=None):
             labels.append(_parse_label(task, fields[label_place], f"{path}, line {number}"))
     if not texts:
         raise ValueError(f"{path}: no examples in it; expected at least one line of data")
+    if split == "train" and min(labels) == max(labels):
+        raise ValueError(f"{path}: every label is the same; expected two (see --limit)")
     return texts, None if is_test else np.array(labels, np.float32 if task.regression else np.int64)
 
 def read_lines(path):

@@ -15,6 +15,7 @@
 
 import contextlib
 import http.server
+import importlib.util
 import io
 import json
 import math
@@ -24,11 +25,14 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
@@ -387,6 +391,31 @@ def test_any_module_with_linears_can_be_pruned():
     with pytest.raises(TypeError, match="ReLU"):
         smp.prune(model, ["1"])
 
+@pytest.mark.parametrize("part", ["self_attn.out_proj", "linear1", "linear2"])
+def test_modules_that_read_the_weight_get_the_masked_one(part):
+    """nn.TransformerEncoderLayer never calls some of its linears: it reads their weights."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    x = torch.randn(2, 3, 8)
+    before = layer.eval()(x)
+    layers = smp.prune(layer, [part])
+    with torch.no_grad():  # the fast path of inference
+        assert torch.allclose(layer(x), before, atol=1e-6)
+        smp.choose_masks(layers, 1.0, "smp-l")
+        assert not torch.allclose(layer(x), before, atol=1e-3)
+    layer.train()(x).square().sum().backward()
+    assert layers[part].scores.grad.abs().sum() > 0
+
+def test_statistics_that_would_move_are_refused():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    with pytest.raises(ValueError, match="1: its running statistics move"):
+        smp.prune(model, ["0"])
+    model[1].eval()
+    assert list(smp.prune(model, ["0"])) == ["0"]
+
+def test_a_start_that_is_unknown_is_an_error():
+    with pytest.raises(ValueError, match="'zeros'; expected zero, magnitude or random"):
+        smp.initial_scores(torch.ones(2, 2), "zeros")
+
 def test_folding_changes_nothing_but_the_work():
     model = tiny_bert()
     layers = smp.prune(model, prunable(model), "magnitude")
@@ -503,6 +532,28 @@ def test_a_tenth_of_ten_is_one():
 def test_rules_refuse_what_they_do_not_know(sparsity, rule):
     with pytest.raises(ValueError, match="expected"):
         smp.keep_counts({"0.Q": torch.zeros(3)}, sparsity, rule)
+
+def test_a_rule_without_a_branch_is_an_error(monkeypatch):
+    monkeypatch.setitem(smp.RULES, "new", "a row of the table that nobody wrote the code for")
+    with pytest.raises(ValueError, match="rule is 'new'"):
+        smp.keep_counts({"0.Q": torch.zeros(3)}, 0.5, "new")
+
+SIZE_AND_R = st.tuples(st.integers(1, 50), st.floats(0.01, 1))
+
+@given(st.lists(SIZE_AND_R, min_size=1, max_size=6), SPARSITY)
+def test_capped_shares_fill_the_budget(matrices, sparsity):
+    """In proportion to n R, but for those that are kept whole."""
+    sizes, R = (torch.tensor(x, dtype=torch.float64) for x in zip(*matrices, strict=True))
+    shares = smp.capped_shares(sizes, R, 1 - sparsity)
+    assert shares.sum().item() == pytest.approx((1 - sparsity) * sizes.sum().item(), abs=1e-6)
+    assert (shares <= sizes + 1e-9).all()
+    free = shares < sizes - 1e-9
+    ratio = (shares / (sizes * R))[free]
+    assert len(ratio) == 0 or torch.allclose(ratio, ratio[:1])
+
+def test_whole_numbers_sum_to_the_total():
+    shares = torch.tensor([1.5, 2.7, 2.8, 4.9999999999], dtype=torch.float64)
+    assert smp.whole_numbers(shares, 12).tolist() == [1, 3, 3, 5]
 
 # =============================================================================================
 # 5. Schedule and loss
@@ -681,6 +732,13 @@ def test_only_the_label_words_are_multiplied():
         model.label_logits(hidden, words), model.mlm_logits(hidden)[:, 0, words], atol=1e-6
     )
 
+def test_logits_without_a_head_are_the_plain_product():
+    model, hidden = tiny_bert(mlm_head=False), torch.randn(2, 3, 24)
+    words = torch.tensor([3, 70])
+    plain = hidden @ model.embeddings.word.weight.T
+    assert torch.allclose(model.mlm_logits(hidden), plain, atol=1e-6)
+    assert torch.allclose(model.label_logits(hidden, words), plain[:, 0, words], atol=1e-6)
+
 def test_padding_changes_nothing():
     """A sentence's states are the same alone, without a mask, as padded among longer ones."""
     ids, mask, segments = odd_batch()
@@ -799,6 +857,18 @@ def test_configs_we_do_not_implement_are_refused_by_name(change, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(ValueError, match=next(iter(change))):
         bert.load_pretrained(tmp_path)
+
+@pytest.mark.parametrize("text", ['{"model_type": "bert", "vocab_size": 1e300}', "[" * 100_000,
+                                  '{"model_type": "bert", "num_hidden_layers": 200000}', "[]"])
+def test_hostile_configs_are_refused_at_once(text, tmp_path):
+    bert.save_pretrained(tiny_bert(), tmp_path)
+    if "{" in text:
+        text = json.dumps(json.loads((tmp_path / "config.json").read_text()) | json.loads(text))
+    (tmp_path / "config.json").write_text(text)
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="config.json"):
+        bert.load_pretrained(tmp_path)
+    assert time.monotonic() - started < 5
 
 def test_a_damaged_checkpoint_is_an_error(tmp_path):
     bert.save_pretrained(tiny_bert(), tmp_path)
@@ -929,6 +999,55 @@ def test_tokens_segments_and_longest_first_truncation(tokenizer):
     ]
     assert name(encoded.ids[1]) == "[CLS] a b c d [SEP] d c [SEP]"
     assert name(encoded.ids[2]) == "[CLS] d c [SEP] a b c d [SEP]"
+
+def test_a_pair_keeps_a_token_of_each_text(tokenizer):
+    with pytest.raises(ValueError, match="a pair needs 5 tokens"):
+        data.encode(tokenizer, [("a", "b")], None, max_length=4)
+    assert len(data.encode(tokenizer, [("a", "b")], None, max_length=5).ids[0]) == 5
+
+def test_special_tokens_in_a_text_are_themselves(tokenizer):
+    assert data.encode(tokenizer, ["a [MASK] b"], None, 16).ids == [[2, 12, 4, 13, 3]]
+
+@pytest.mark.parametrize("settings, ids", [
+    ({}, [2, 12, 3]),
+    ({"strip_accents": False}, [2, 1, 3]),
+    ({"do_lower_case": False}, [2, 1, 3]),
+])
+def test_the_settings_of_a_tokenizer_are_followed(settings, ids, tmp_path):
+    write(tmp_path / "vocab.txt", "\n".join(WORDS) + "\n")
+    write(tmp_path / "tokenizer_config.json", json.dumps(settings))
+    text = "A" if "do_lower_case" in settings else "á"
+    assert data.encode(data.load_tokenizer(tmp_path), [text], None, 16).ids == [ids]
+
+def template(single, pair):
+    return {"type": "TemplateProcessing", "single": [piece(*x) for x in single],
+            "pair": [piece(*x) for x in pair],
+            "special_tokens": {name: {"id": name, "ids": [i], "tokens": [name]}
+                               for name, i in (("[CLS]", 2), ("[SEP]", 3))}}
+
+def piece(name, segment):
+    kind = "SpecialToken" if name.startswith("[") else "Sequence"
+    return {kind: {"id": name, "type_id": segment}}
+
+WHOLE = [("[CLS]", 0), ("A", 0), ("[SEP]", 0)]
+
+@pytest.mark.parametrize("name, change, message", [
+    ("vocab.txt", lambda text: text.replace("[UNK]", "[unk]"), "UNK"),
+    ("tokenizer_config.json", lambda _: '{"do_lower_case": "no"}', "do_lower_case is 'no'"),
+    ("tokenizer_config.json", lambda _: "[" * 100_000, "not a JSON file"),
+    ("tokenizer.json", lambda _: {"post_processor": None}, "must become"),
+    ("tokenizer.json", lambda _: {"post_processor": template(
+        WHOLE, [*WHOLE, ("B", 7), ("[SEP]", 7)])}, "segments 0 and 1"),
+    ("tokenizer.json", lambda _: "{}", "not a tokenizer"),
+])
+def test_tokenizers_that_are_not_berts_are_named(name, change, message, tokenizer, tmp_path):
+    changed = change("\n".join(WORDS) + "\n")
+    if isinstance(changed, dict):
+        changed = json.dumps(json.loads(tokenizer.to_str()) | changed)
+    write(tmp_path / name, changed)
+    with pytest.raises(ValueError, match=message) as error:
+        data.load_tokenizer(tmp_path)
+    assert str(error.value).startswith(str(tmp_path / name))
 
 def test_label_words_are_single_tokens(tokenizer):
     assert data.label_ids(tokenizer, ("terrible", "great")).tolist() == [9, 8]
@@ -1077,7 +1196,7 @@ def test_glue_is_fetched_from_its_official_paths(tmp_path, monkeypatch):
 
 def test_mrpc_is_split_by_its_id_file(tmp_path, monkeypatch):
     header = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n"
-    rows = ['1\t10\t11\tone\t"two', "0\t12\t13\tthree\tfour", "1\t14\t15\tfive\tsix"]
+    rows = ['1\t10\t11\tone\t"two', "0\t12\t13\tthree\tfour", "1\t14\t15\tfi\u2028ve\tsi\x85x"]
     with server(
         {
             "/senteval/senteval_data/msr_paraphrase_train.txt": (
@@ -1091,10 +1210,10 @@ def test_mrpc_is_split_by_its_id_file(tmp_path, monkeypatch):
     ) as url:
         monkeypatch.setenv("GLUE_URL", url)
         data.ensure(data.TASKS["mrpc"], tmp_path)
-    task = data.TASKS["mrpc"]
-    assert data.read_split(task, tmp_path, "train")[0] == [("one", '"two'), ("five", "six")]
+    task, others = data.TASKS["mrpc"], [("one", '"two'), ("fi\u2028ve", "si\x85x")]
+    assert data.read_split(task, tmp_path, "train")[0] == others
     assert data.read_split(task, tmp_path, "dev")[0] == [("three", "four")]
-    assert data.read_split(task, tmp_path, "test")[0] == [("one", '"two'), ("five", "six")]
+    assert data.read_split(task, tmp_path, "test")[0] == others
 
 def test_real_mrpc_is_rebuilt_row_by_row(tmp_path, monkeypatch):
     """Microsoft's files put together from the official TSVs, then split again: the same rows."""
@@ -1138,6 +1257,44 @@ def test_a_bad_download_leaves_nothing_behind(files, message, tmp_path, monkeypa
         with pytest.raises((OSError, ValueError), match=message):
             data.ensure(data.TASKS["rte"], tmp_path / "glue")
     assert os.listdir(tmp_path) == ["glue"] and os.listdir(tmp_path / "glue") == []
+
+@pytest.mark.parametrize("member, damage", [
+    ("x" * 3000, lambda content: content),
+    ("x" * 900, lambda content: content[:60] + b"\xff" * 20 + content[80:]),
+])
+def test_an_archive_that_is_too_large_or_damaged_is_refused(member, damage, tmp_path, monkeypatch):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_LZMA) as z:
+        for split in ("train", "dev", "test"):
+            z.writestr(f"RTE/{split}.tsv", member)
+    monkeypatch.setattr(data, "LARGEST", 2000)
+    with server({"/glue/data/RTE.zip": damage(buffer.getvalue())}) as url:
+        monkeypatch.setenv("GLUE_URL", url)
+        with pytest.raises(ValueError, match="RTE.zip: not GLUE's archive"):
+            data.ensure(data.TASKS["rte"], tmp_path)
+    assert os.listdir(tmp_path) == []
+
+@pytest.mark.parametrize("headers, body, message", [
+    ({"Content-Length": "many"}, b"", "rte.zip: cannot be fetched"),
+    ({}, b"x" * 9000, "rte.zip is larger than anything in GLUE"),
+])
+def test_answers_without_an_end_are_given_up(headers, body, message, tmp_path, monkeypatch):
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    monkeypatch.setattr(data, "LARGEST", 2000)
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        threading.Thread(target=httpd.handle_request, daemon=True).start()
+        with pytest.raises(OSError, match=message):
+            data._download(f"http://127.0.0.1:{httpd.server_port}/rte.zip", tmp_path / "rte.zip")
 
 def test_no_network_says_what_to_put_where(tmp_path, monkeypatch):
     monkeypatch.setenv("GLUE_URL", "http://127.0.0.1:9")
@@ -1296,6 +1453,62 @@ def test_the_saved_mask_is_the_one_that_was_measured(world):
     assert data.evaluate_metrics(task, logits, labels)["accuracy"] == final["metrics"]["accuracy"]
     assert metadata["metrics"] == final["metrics"] == final["best"]["metrics"]
 
+def test_a_frozen_weight_that_moves_ends_the_run(world, capsys, monkeypatch):
+    """Also one that trains by mistake, so that its requires_grad says nothing."""
+    real = train.Run.train_step
+
+    def leaky(run, batch):
+        run.model.embeddings.word.weight.requires_grad_(True).data[7, 0] += 1e-6
+        return real(run, batch)
+
+    monkeypatch.setattr(train.Run, "train_step", leaky)
+    message = fails(world, "--epochs", "1", capsys=capsys)
+    assert "embeddings.word.weight was to stay frozen" in message
+    assert log_of(world.folder / "run")[-1]["event"] != "final"
+
+@pytest.mark.parametrize("method", ["smp-s", "movement"])
+def test_nan_is_found_within_twenty_steps_and_never_saved(world, capsys, monkeypatch, method):
+    real = train.Run.train_step
+
+    def spoiled(run, batch):
+        loss = real(run, batch)
+        if run.state["step"] == 23:
+            run.scores[3].data[0, 0] = math.nan
+        return loss
+
+    monkeypatch.setattr(train.Run, "train_step", spoiled)
+    message = fails(world, "--method", method, "--batch-size", "4", capsys=capsys)
+    step = int(message.partition("step ")[2].partition(":")[0])
+    assert 23 <= step <= 40 and "try a smaller learning rate" in message
+    assert not (world.folder / "run/mask.safetensors").exists()
+
+def test_the_learning_rate_rises_and_falls():
+    rates = [train.learning_rate(step, 100, 2.0, 9) for step in range(101)]
+    assert rates[0] == pytest.approx(0.2) and rates[9] == pytest.approx(2 * 0.91)
+    assert rates[50] == 1.0 and rates[100] == 0
+    assert train.learning_rate(0, 100, 2.0, 0) == 2.0
+
+def test_every_default_is_decided_in_one_place():
+    def settings(*flags, n, positions=512):
+        flags = train.parse_flags(["--task", "rte", *flags])
+        return train.settings_of(flags, n, positions)
+
+    s = settings(n=2490)
+    assert (s.epochs, s.batch_size, s.max_length, s.dropout) == (100, 32, 128, 0.0)
+    assert (s.steps, s.ramp_steps, s.eval_every) == (7800, 3900, 78)
+    s = settings("--epochs", "3", n=8000)
+    assert (s.batch_size, s.steps) == (16, 1500)
+    s = settings("--sparsity", "0.5", n=400_000, positions=40)
+    assert (s.epochs, s.batch_size, s.max_length, s.dropout) == (12, 64, 40, 0.2)
+    s = settings("--paper", n=8000)
+    assert (s.lam, s.pull, s.init, s.dropout) == (400.0, None, "zero", 0.1)
+    s = settings("--method", "finetune", n=100)
+    assert (s.sparsity, s.weight_lr, s.lr, s.dropout, s.rule) == (0.0, 3e-5, None, 0.1, None)
+    given = train.parse_flags(["--task", "rte"])
+    before = dict(vars(given))
+    train.settings_of(given, 100)
+    assert vars(given) == before
+
 def test_best_only_counts_at_the_target_sparsity(world):
     final = world("--ramp", "1", "--epochs", "3")
     assert final["best"]["step"] == final["last"]["step"] and final["best"][
@@ -1403,6 +1616,35 @@ def test_wrong_flags_end_in_one_line(world, capsys, flags, message, monkeypatch)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert message in fails(world, *flags, capsys=capsys)
     assert not (world.folder / "run").exists()
+
+@pytest.mark.parametrize("flags", [
+    "--method finetune --sparsity 0.5", "--method smp-s --tau 0.1", "--method smp-s --weight-lr 1",
+    "--teacher-weight 0.5", "--temperature 2", "--method magnitude --lr 1",
+    "--method random --epochs 3", "--method threshold --sparsity 0.5", "--method finetune --ramp 0",
+    "--method movement --tau 0", "--eval m --precision bf16", "--eval m --max-length 9",
+    "--predict m --sparsity 0.5", "--predict m --export x", "--eval m --out x",
+])
+def test_a_flag_without_an_effect_is_refused(capsys, flags):
+    def run(*flags):
+        return train.main(list(flags))
+
+    assert "has no effect here" in fails(run, *flags.split(), capsys=capsys)
+
+@pytest.mark.parametrize("flag", ["--lr", "--weight-lr", "--lambda", "--pull", "--temperature"])
+@pytest.mark.parametrize("value", ["inf", "nan", "-1"])
+def test_a_number_that_is_none_is_refused(capsys, flag, value):
+    def run(*flags):
+        return train.main(list(flags))
+
+    assert "is not a number of at least" in fails(run, f"{flag}={value}", capsys=capsys)
+
+def test_the_longest_input_is_what_the_model_has_positions_for(world):
+    """128 is the default, but this model has 40 positions."""
+    run = loaded(world)
+    flags = train.parse_flags(["--device", "cpu", "--model", str(world.folder / "model"),
+                               "--data", str(world.folder / "glue"), "--task", "sst2"])
+    flags.seed, flags.out = 0, str(world.folder / "other")
+    assert run.s.max_length == 16 and train.Run(flags).s.max_length == 40
 
 @pytest.mark.parametrize(
     "content, message",
@@ -1701,6 +1943,214 @@ def test_the_loop_in_the_readme_prunes_a_network_of_ones_own():
     )
     assert before < 0.6 < 0.85 < accuracy()
 
+# ---- what must not be lost
+
+def test_somebody_elses_files_are_not_resumed(world, capsys):
+    write(world.folder / "run/mask.safetensors", "precious")
+    message = fails(world, capsys=capsys)
+    assert "holds mask.safetensors already" in message and "--resume" not in message
+    assert "holds mask.safetensors already" in fails(world, "--resume", capsys=capsys)
+    assert (world.folder / "run/mask.safetensors").read_text() == "precious"
+
+def test_a_run_without_a_checkpoint_starts_over_only_with_its_own_settings(world, capsys):
+    world("--epochs", "1")
+    log, mask = world.folder / "run/metrics.jsonl", world.folder / "run/mask.safetensors"
+    lines, before = log.read_text().splitlines(), mask.read_bytes()
+    log.write_text(lines[0] + "\n")  # as if it had been killed early
+    message = fails(world, "--epochs", "1", "--resume", "--lr", "0.1", capsys=capsys)
+    assert "written with lr 0.02, this run has 0.1" in message and mask.read_bytes() == before
+    world("--epochs", "1", "--resume")
+    assert "starting over" in capsys.readouterr().out and log.read_text().splitlines() == lines
+
+def test_a_damaged_line_in_a_complete_log_changes_nothing(world, capsys):
+    final = world("--epochs", "1")
+    log = world.folder / "run/metrics.jsonl"
+    lines = log.read_text().splitlines()
+    log.write_text("\n".join([lines[0], "[" * 100_000, "3", "\0" * 9, *lines[2:]]) + "\n")
+    checkpoint = world.folder / "run/checkpoint.safetensors"
+    write(checkpoint, "of a run that was killed right after its final record")
+    assert world("--epochs", "1", "--resume")["metrics"] == final["metrics"]
+    assert "nothing to resume" in capsys.readouterr().out and not checkpoint.exists()
+
+def test_a_random_mask_is_not_made_twice(world, capsys):
+    world("--method", "random")
+    world("--method", "random", "--resume")
+    assert "nothing to resume" in capsys.readouterr().out
+
+def test_a_run_resumes_on_its_own_data_alone(interrupted, capsys, monkeypatch):
+    path = interrupted.folder / "glue/SST-2/train.tsv"
+    good = path.read_text()
+    path.write_text(good.replace("bad film", "film bad", 1))
+    assert "other data" in fails(interrupted, "--resume", capsys=capsys)
+    path.write_text(good)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    interrupted("--resume")
+    assert "threads 64, before 1: last digits may differ" in capsys.readouterr().out
+
+def test_what_is_reported_is_on_disk(world, monkeypatch):
+    """Each file is synced before its name is there, and the log before the run ends."""
+    synced, real = set(), os.fsync
+
+    def sync(number):
+        synced.add(Path(os.readlink(f"/proc/self/fd/{number}")).name)
+        real(number)
+
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("no /proc here to see what is synced")
+    monkeypatch.setattr(os, "fsync", sync)
+    world("--epochs", "1", "--method", "movement")
+    assert {"mask.safetensors.part", "model.safetensors.part", "metrics.jsonl"} <= synced
+    plain = world.folder / "plain"
+    plain.touch()
+    files = ["mask.safetensors", "model/model.safetensors", "metrics.jsonl"]
+    for name in files:  # as readable as any other file
+        assert (world.folder / "run" / name).stat().st_mode == plain.stat().st_mode
+
+def test_a_lock_and_a_part_write_through_no_link(world, tmp_path):
+    write(tmp_path / "precious", "a")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.lock").symlink_to(tmp_path / "precious")
+    (tmp_path / "run/mask.safetensors.part").symlink_to(tmp_path / "precious")
+    world("--epochs", "1")
+    assert (tmp_path / "precious").read_text() == "a"
+
+def test_predictions_are_all_checked_before_one_is_written(world, capsys):
+    write(world.folder / "glue/SST-2/test.tsv", "index\tsentence\n0\ta good film .\n")
+    world("--epochs", "1")
+    mask, out = world.folder / "run/mask.safetensors", world.folder / "out"
+
+    def predict(*flags):
+        train.main(["--predict", str(mask), *flags, "--out", str(out), "--device", "cpu"])
+
+    write(world.folder / "other", "no mask")
+    fails(predict, str(world.folder / "other"), capsys=capsys)
+    assert not out.exists()
+    predict()
+    before = (out / "SST-2.tsv").read_bytes()
+    assert "SST-2.tsv: exists" in fails(predict, capsys=capsys)
+    predict("--overwrite")
+    assert (out / "SST-2.tsv").read_bytes() == before
+
+def test_a_mask_is_not_exported_over_its_base(world, capsys):
+    world("--epochs", "1")
+    model = world.folder / "model/model.safetensors"
+    before = model.read_bytes()
+
+    def export(*flags):
+        train.main(["--eval", str(world.folder / "run/mask.safetensors"), "--device", "cpu",
+                    "--export", str(world.folder / "model"), *flags])
+
+    assert "the base of the mask" in fails(export, "--overwrite", capsys=capsys)
+    assert model.read_bytes() == before
+
+# ---- what a mask belongs to
+
+@pytest.mark.parametrize("name, change", [
+    ("vocab.txt", lambda text: text.replace("good", "tmp").replace("bad", "good").replace(
+        "tmp", "bad")),
+    ("config.json", lambda text: text.replace('attention_heads": 3', 'attention_heads": 4')),
+    ("config.json", lambda text: text.replace('"layer_norm_eps": 1e-12', '"layer_norm_eps": 1e-3')),
+    ("tokenizer_config.json", lambda text: '{"do_lower_case": false}'),
+])
+def test_a_mask_knows_its_vocabulary_and_sizes(world, capsys, name, change):
+    world("--epochs", "1")
+    path = world.folder / "model" / name
+    write(path, change(path.read_text() if path.exists() else ""))
+
+    def evaluate(*flags):
+        train.main(["--eval", str(world.folder / "run/mask.safetensors"), "--device", "cpu"])
+
+    assert "another model" in fails(evaluate, capsys=capsys)
+
+def test_a_mask_says_nothing_of_this_machine_and_asks_no_hub(world, capsys, monkeypatch):
+    world("--epochs", "1")
+    masks, metadata = data.load_masks(world.folder / "run/mask.safetensors")
+    assert str(world.folder) not in json.dumps(metadata) and metadata["base"] == "model"
+    data.save_masks(world.folder / "alone", masks, metadata | {"base": "some/repository"})
+    monkeypatch.setattr(bert, "find_pretrained", lambda name: pytest.fail(f"asked for {name}"))
+
+    def evaluate(*flags):
+        train.main(["--eval", str(world.folder / "alone"), "--device", "cpu", *flags])
+
+    assert "some/repository; say with --model where" in fails(evaluate, capsys=capsys)
+    monkeypatch.undo()
+    monkeypatch.chdir(world.folder / "glue")
+    found = train.main(["--eval", "../run/mask.safetensors", "--device", "cpu"])
+    assert found["../run/mask.safetensors"] == metadata["metrics"]
+
+def test_other_numbers_than_recorded_are_noted(world, capsys):
+    world("--epochs", "1")
+    dev = world.folder / "glue/SST-2/dev.tsv"
+    dev.write_text("\n".join(dev.read_text().splitlines()[:3]) + "\n")
+    train.main(["--eval", str(world.folder / "run/mask.safetensors"), "--device", "cpu"])
+    assert "its run recorded other numbers" in capsys.readouterr().out
+
+def test_a_mask_that_inflates_is_refused_before_it_does(tmp_path):
+    shapes = {"layers.0.Q": (8, 8)}
+    path = tmp_path / "mask"
+    coder = zlib.compressobj(9)
+    bomb = coder.compress(b"\0" * 30_000_000) + coder.flush()
+
+    def save(shape):
+        header = {"shapes": {"layers.0.Q": shape}, "inverted": [], "metadata": {}}
+        header = {key: json.dumps(value) for key, value in header.items()}
+        safetensors.numpy.save_file({"layers.0.Q": np.frombuffer(bomb, np.uint8)}, path,
+                                    metadata={"format": "smp-mask-2"} | header)
+
+    tracemalloc.start()
+    for shape, message in (([8, 8], "does not fit 64 weights"), ([2**20, 2**20], "weights in all"),
+                           ([2**14, 2**14], "layers.0.Q is"), ([-8, -8], "are no sizes"),
+                           ("ab", "not a mask file"), (3, "not a mask file")):
+        save(shape)
+        with pytest.raises(ValueError, match=message):
+            data.load_masks(path, shapes)
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    tracemalloc.stop()
+
+# ---- what a terminal gets
+
+def test_a_message_is_one_printable_line(world, capsys):
+    name = "evil\x1b[31m\nerror: forged\u202e" + "x" * 5000
+    world("--epochs", "1")
+    masks, metadata = data.load_masks(world.folder / "run/mask.safetensors")
+    data.save_masks(world.folder / "mask", masks | {name: torch.ones(2, 2)}, metadata)
+
+    def evaluate(*flags):
+        train.main(["--eval", str(world.folder / "mask"), "--device", "cpu", "--model",
+                    str(world.folder / "model")])
+
+    message = fails(evaluate, capsys=capsys)
+    assert len(message) < 520 and message.isprintable()
+    write(world.folder / "glue/SST-2/train.tsv", "sentence\tlabel\na\t" + "y" * 1_000 + "\n")
+    assert len(fails(world, out="other", capsys=capsys)) < 520
+
+@pytest.mark.parametrize("content, message", [
+    ("sentence\tlabel\n" + "x" * 200_000 + "\t1\n", "line 2: a NUL byte, or over 100,000"),
+])
+def test_a_field_has_an_upper_size(world, capsys, content, message):
+    write(world.folder / "glue/SST-2/train.tsv", content)
+    assert message in fails(world, capsys=capsys)
+
+def test_folders_links_and_lack_of_memory_end_in_one_line(world, capsys, monkeypatch):
+    def evaluate(*flags):
+        train.main(["--eval", str(world.folder), "--device", "cpu"])
+
+    assert "a folder; expected a mask file" in fails(evaluate, capsys=capsys)
+    (world.folder / "loop").symlink_to(world.folder / "loop")
+    fails(world, out="loop", capsys=capsys)
+    assert "/nowhere: neither" in fails(world, "--teacher", "/nowhere", capsys=capsys)
+
+    def greedy(flags):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory:\n you tried 1e18 bytes")
+
+    monkeypatch.setattr(train, "Run", greedy)
+    assert "can't allocate memory: you tried" in fails(world, capsys=capsys)
+
+def test_a_log_file_gets_a_line_every_half_minute(capsys):
+    bar = data.progress_bar("name", 100)
+    assert bar.mininterval == 30
+    bar.close()
+
 # ---- runs that are killed
 
 def command(world, *flags, out="run"):
@@ -1761,8 +2211,9 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(world, kills):
     assert left_behind(world.folder / "run") == left_behind(world.folder / "whole")
     assert not list(world.folder.glob("run/checkpoint*"))
 
-def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(world):
-    """A real SIGINT into a real process."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(world, number):
+    """A real SIGINT or SIGTERM into a real process."""
     process = subprocess.Popen(
         command(world, "--checkpoint-every", "1000"),
         stdout=subprocess.PIPE,
@@ -1772,7 +2223,7 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(world):
     for line in process.stdout:
         if line.startswith("epoch 2"):
             break
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert (
         process.returncode == 130
@@ -1783,6 +2234,19 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(world):
     subprocess.run(command(world, "--resume"), check=True, capture_output=True, timeout=120)
     subprocess.run(command(world, out="whole"), check=True, capture_output=True, timeout=120)
     assert left_behind(world.folder / "run") == left_behind(world.folder / "whole")
+
+def test_a_terminal_that_lacks_letters_or_goes_away_stops_nothing(world):
+    """ASCII alone on one, both ends of the other closed: the run ends as any other."""
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    flags = command(world, "--epochs", "2", out="ascii")
+    done = subprocess.run(flags, env=env, capture_output=True, timeout=120)
+    assert done.returncode == 0 and b"kept, %" in done.stdout and b"\xe2" not in done.stdout
+    flags = command(world, "--epochs", "2", out="gone")
+    process = subprocess.Popen(flags, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    process.stderr.close()
+    process.wait(timeout=120)
+    assert log_of(world.folder / "gone")[-1]["event"] == "final"
 
 @pytest.fixture
 def interrupted(world, monkeypatch):
@@ -2036,6 +2500,16 @@ def test_the_demo_does_not_pretrain_twice(demo, capsys):
         folder / "demo/model/model.safetensors"
     ).stat().st_mtime_ns == before and not capsys.readouterr().out
 
+def test_the_table_takes_the_last_mask_and_a_ceiling_of_its_own_length(demo, capsys):
+    """The other rows are single evaluations too."""
+    folder, _, final = demo
+    flags = train.parse_flags(["--data", str(folder / "demo"), "--device", "cpu"])
+    last = {"metrics": {"accuracy": 0.625}}
+    train.compare(flags, final | {"last": last, "best": {"metrics": {"accuracy": 0.875}}})
+    assert "the learned mask                         0.625" in capsys.readouterr().out
+    ceilings = [path.name for path in (folder / "demo").glob("dense-fp32-128-*")]
+    assert len(ceilings) == 1
+
 def test_the_language_of_the_demo(demo, tmp_path):
     data.write_demo(tmp_path)
     for name in ("corpus.txt", "vocab.txt", "DEMO/train.tsv", "DEMO/dev.tsv"):
@@ -2066,6 +2540,53 @@ def test_a_bag_of_words_does_not_understand_the_demo(demo):
     words = text.CountVectorizer(token_pattern=r"\S+").fit(train_texts)
     bag = linear.LogisticRegression(max_iter=1000).fit(words.transform(train_texts), y)
     assert 0.6 < bag.score(words.transform(dev_texts), z) <= 0.85
+
+@pytest.fixture
+def benchmark():
+    """What maintainers run: .ci/benchmark.py, as a module."""
+    spec = importlib.util.spec_from_file_location("benchmark", HERE / ".ci/benchmark.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["benchmark"] = module  # so that its processes find it
+    spec.loader.exec_module(module)
+    return module
+
+def test_the_benchmark_needs_no_downloads(benchmark, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    timed, settings = benchmark.timed_pairs, []
+
+    def seen(*runs):
+        settings.extend(train.recorded(run.s) for run in runs)
+        return timed(*runs)
+
+    monkeypatch.setattr(benchmark, "timed_pairs", seen)
+    monkeypatch.setattr(benchmark, "in_a_process_of_its_own", lambda work, flags: work(flags))
+    flags = ["tiny", "--task", "cola", "--batch-size", "4", "--device", "cpu"]
+    found = benchmark.main(flags)
+    ours, dense = settings
+    assert {key for key in ours if ours[key] != dense[key]} == {
+        "method", "sparsity", "ramp", "ramp_steps", "scores_from", "rule", "trains_weights",
+        "init", "lam", "pull", "lr", "weight_lr"}  # and nothing else
+    text = capsys.readouterr().out
+    assert json.loads(text.splitlines()[-1]) == found and not list(tmp_path.iterdir())
+    assert found["weights"] == 2 * 12 * 256 * 256 and found["pairs"] >= 5
+    for part in ("dense", "smp", "mask", "regularizer", "optimizer"):
+        assert found[f"{part}_ms"] > 0
+    assert found["peak_mb"] > 100 and found["dense_peak_mb"] > 100
+    with pytest.raises(SystemExit, match="no lengths are known of qqp"):
+        benchmark.main(["tiny", "--task", "qqp"])
+    with pytest.raises(SystemExit, match="learns no mask"):
+        benchmark.main(["tiny", "--method", "finetune"])
+
+@pytest.mark.parametrize("name", ["cola", "sst2", "mrpc", "stsb"])
+def test_random_data_have_the_lengths_of_the_task(benchmark, name, tmp_path):
+    task, known = data.TASKS[name], benchmark.LENGTHS[name]
+    benchmark.write_random(tmp_path, name, n=5000)
+    tokenizer = data.load_tokenizer(tmp_path)
+    texts, labels = data.read_split(task, tmp_path, "train")
+    lengths = [len(ids) for ids in data.encode(tokenizer, texts, labels, 512).ids]
+    assert np.abs(np.percentile(lengths, range(0, 81, 10)) - known[:9]).max() <= 2
+    assert known[0] <= min(lengths) and max(lengths) <= known[-1]
+    assert data.label_ids(tokenizer, task.words).shape == (len(task.words),)
 
 # =============================================================================================
 # 9. Round trips
