@@ -582,34 +582,47 @@ def whole(path):
     finally:
         part.unlink(missing_ok=True)
 
-def move_files(source, folder, names):
-    """Moves files into another folder, one after the other. What is not there goes there too."""
-    for name in names:
-        if (Path(source) / name).exists():
-            with whole(Path(folder) / name) as part:
-                os.replace(Path(source) / name, part)
-        else:
-            (Path(folder) / name).unlink(missing_ok=True)
+@contextlib.contextmanager
+def staging(folder, names):
+    """Gives an empty folder to write files to. Afterwards those in `names` are in `folder`, each of
+    them whole; one that was not written is not there either."""
+    scratch = folder / ".saving"
+    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+        for name in names:
+            if (scratch / name).exists():
+                with whole(folder / name) as part:
+                    os.replace(scratch / name, part)
+            else:
+                (folder / name).unlink(missing_ok=True)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 class Log:
-    """metrics.jsonl: a JSON object a line. What stands behind the first `keep` bytes is cut off,
-    since a resumed run writes it again."""
+    """metrics.jsonl: a JSON object a line. `mark`, from an earlier mark(), says where to go on; the
+    rest is cut off, since a resumed run writes it again."""
 
-    def __init__(self, path, keep=0):
-        self.file = open(path, "ab")
-        if self.file.tell() < keep:
-            raise ValueError(f"{path}: shorter than its checkpoint says; start over: --overwrite")
-        self.file.truncate(keep)
-        self.file.seek(keep)
+    def __init__(self, path, mark=None):
+        self.file, self.digest = open(path, "a+b"), hashlib.sha256()
+        size, digest = mark or (0, self.digest.hexdigest())
+        self.file.seek(0)
+        self.digest.update(self.file.read(size))
+        if self.digest.hexdigest() != digest:
+            raise ValueError(f"{path}: not what its checkpoint says; start over with --overwrite")
+        self.file.truncate(size)
 
     def __call__(self, event, **entry):
-        self.file.write(json.dumps({"event": event} | entry).encode() + b"\n")
+        line = json.dumps({"event": event} | entry).encode() + b"\n"
+        self.file.write(line)
         self.file.flush()
+        self.digest.update(line)
 
-    def size(self):
-        """The bytes so far, all of them on disk."""
+    def mark(self):
+        """[bytes so far, their SHA-256], all of them on disk."""
         os.fsync(self.file.fileno())
-        return self.file.tell()
+        return [self.file.tell(), self.digest.hexdigest()]
 
 def read_log(path):
     """The whole lines of a log, as dicts; none if the first is not the settings of a run."""

@@ -14,7 +14,6 @@ import itertools
 import json
 import math
 import sys
-import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -127,8 +126,8 @@ class Run(TaskModel):
         self.teacher_logits = self.ask_teacher() if s.teacher else None
         torch.manual_seed(s.seed)
         self.make_learnable()
-        # "logged" is how many bytes of metrics.jsonl belong to the steps done.
-        self.state = {"step": 0, "lam": self.s.lam, "best": None, "last": None, "logged": 0}
+        # "logged" marks what in metrics.jsonl belongs to the steps done.
+        self.state = {"step": 0, "lam": self.s.lam, "best": None, "last": None, "logged": None}
 
     def ask_teacher(self):
         """The teacher's logits for the whole train set: without dropout they never change."""
@@ -347,8 +346,9 @@ def finish(run, log):
     final = {"metrics": best["metrics"], "best": best, "last": last, "frozen_unchanged": True,
              "kept": kept, "total": total, "new_bits": new_bits}
     log("final", **final)
-    log.size()  # all on disk before the checkpoint goes
-    (run.out / "checkpoint.safetensors").unlink(missing_ok=True)
+    log.mark()  # all on disk before the checkpoint goes
+    for leftover in run.out.glob("checkpoint.safetensors*"):
+        leftover.unlink()
     return final
 
 def check_frozen(run):
@@ -405,13 +405,10 @@ def bake_masks(model, masks, base):
 
 def save_model(folder, model, tokenizer_from):
     """A model folder that --model, --teacher and transformers read, with another's vocabulary."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
+    names = (*data.TOKENIZER_FILES, "config.json", "model.safetensors")
+    with data.staging(Path(folder), names) as scratch:
         bert.save_pretrained(model, scratch)
         data.copy_tokenizer(tokenizer_from, scratch)
-        names = (*data.TOKENIZER_FILES, "config.json", "model.safetensors")
-        data.move_files(scratch, folder, names)
 
 def recorded(s):
     """The settings that decide how a run ends."""
@@ -423,7 +420,7 @@ def save_checkpoint(run, log):
     lambda. (Masks follow from the scores, an epoch's order from its seed.) Returns the time of the
     next one, such that they take at most 2 % of it."""
     begun = time.monotonic()
-    run.state["logged"] = log.size()
+    run.state["logged"] = log.mark()
     tensors = {f"model.{name}": p.detach() for name, p in run.model.named_parameters()
                if p.requires_grad}
     for i, moments in run.optimizer.state_dict()["state"].items():
