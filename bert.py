@@ -74,12 +74,12 @@ class Layer(nn.Module):
         self.output_norm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
         self.dropout = nn.Dropout(c.hidden_dropout_prob)
 
-    def forward(self, x, mask):  # (B, T, hidden), (B, 1, 1, T) or None
+    def forward(self, x, attention_mask):  # (B, T, hidden), (B, 1, 1, T) or None
         def split(y):  # (B, T, hidden) -> (B, heads, T, hidden / heads)
             return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
         a = F.scaled_dot_product_attention(
-            split(self.Q(x)), split(self.K(x)), split(self.V(x)), attn_mask=mask,
+            split(self.Q(x)), split(self.K(x)), split(self.V(x)), attn_mask=attention_mask,
             dropout_p=self.attention_dropout if self.training else 0.0)
         a = a.transpose(1, 2).flatten(2)  # (B, T, hidden)
         x = self.attention_norm(x + self.dropout(self.O(a)))
@@ -142,12 +142,12 @@ class Bert(nn.Module):
         (B, C). Only these C rows of the decoder are multiplied."""
         return self.mlm_logits(hidden[:, 0], label_ids)  # [CLS] is the first token
 
-    def mlm_logits(self, hidden, words=slice(None)):
-        """Hidden states (..., hidden) -> logits (..., words) over the whole vocabulary, or only for
-        the word ids that are given."""
-        decoder, bias = self.embeddings.word.weight[words], None
+    def mlm_logits(self, hidden, word_ids=slice(None)):
+        """Hidden states (..., hidden) -> logits (..., words) of the whole vocabulary, or of the
+        given words."""
+        decoder, bias = self.embeddings.word.weight[word_ids], None
         if self.mlm is not None:
-            hidden, bias = self.mlm(hidden), self.mlm.bias[words]
+            hidden, bias = self.mlm(hidden), self.mlm.bias[word_ids]
         return F.linear(hidden, decoder, bias)
 
 # ---- Checkpoints ----------------------------------------------------------------------------
@@ -190,8 +190,8 @@ def _rename(name, table):
     `bert.encoder.layer.3.attention.self.query.bias` <-> `layers.3.Q.bias`"""
     module, _, parameter = name.rpartition(".")
     number = next((part for part in module.split(".") if part.isdigit()), "*")
-    ours = table.get(module.replace(f".{number}.", ".*."))
-    return f"{ours.replace('*', number)}.{parameter}" if ours else None
+    target = table.get(module.replace(f".{number}.", ".*."))
+    return f"{target.replace('*', number)}.{parameter}" if target else None
 
 def our_name(name):
     """A checkpoint's tensor name in any of its spellings -> ours, or None if we know none.

@@ -247,6 +247,7 @@ def batches(encoded, batch_size, generator=None):
         order = np.argsort(-lengths, kind="stable")
     else:
         order = torch.randperm(len(encoded), generator=generator).numpy()
+        # 50 batches: enough for batches of one length, few enough to stay random.
         pools = np.split(order, range(50 * batch_size, len(order), 50 * batch_size))
         by_length = [pool[np.argsort(lengths[pool], kind="stable")] for pool in pools]
         order = np.concatenate(by_length)
@@ -279,8 +280,11 @@ def training_batches(encoded, s, step=0):
         done = 0
 
 def hide_words(ids, mask_id, rng, rate=0.3):
-    """Token ids (B, T) -> the ids with a share of the words hidden, where something is asked (B, T)
-    bool, and what (B, T): the hidden words, and at [CLS] a word of the text, drawn at random."""
+    """Token ids (B, T) -> the ids with a share of the words hidden, the places to predict (B, T),
+    bool, and the ids to predict there (B, T).
+
+    [CLS] must predict a word of its text, drawn at random. Else the demo's BERT would learn nothing
+    at [CLS], where the head reads."""
     is_word = ids > mask_id  # the special tokens come first
     asked = is_word & (torch.rand(ids.shape, generator=rng) < rate)
     input_ids, target = ids.masked_fill(asked, mask_id), ids.clone()
@@ -376,7 +380,7 @@ def save_masks(path, masks, metadata):
 
 def encode_gaps(flags):
     """Flags of any shape -> bytes: how many unset ones precede each set one, Huffman-coded by zlib.
-    0 0 1 1 gives 2 0. In place of a number above 254 stand 255 and the rest."""
+    0 0 1 1 gives 2 0. A number above 254 is 255 and what is left: 255 gives 255 0."""
     gaps = np.diff(np.flatnonzero(flags), prepend=-1) - 1
     ends = np.cumsum(gaps // 255 + 1)
     symbols = np.full(ends[-1] if len(ends) else 0, 255, np.uint8)
@@ -400,11 +404,12 @@ def load_masks(path, shapes=None):
     """The reverse of save_masks: a path -> ({name: bool mask}, metadata). `shapes`, the model's
     {name: tuple}, are compared before anything is unpacked. Raises ValueError."""
     found, inverted, metadata = _read_mask_header(path)
-    for name in {**(shapes or {}), **found} if shapes is not None else ():
-        if found.get(name) != shapes.get(name):
+    expected = found if shapes is None else shapes
+    for name in {**expected, **found}:
+        if found.get(name) != expected.get(name):
             raise ValueError(f"{path}: {printable(name, 80)} is {found.get(name, 'not in it')}, in "
-                             f"the model {shapes.get(name, 'unknown')}; give the model that it was "
-                             "made for as --model")
+                             f"the model {expected.get(name, 'unknown')}; give the model that it "
+                             "was made for as --model")
     masks = {}
     with reading(path, "a whole mask file"), safe_open(path, "np") as file:
         for name, shape in found.items():
@@ -638,7 +643,7 @@ def compare_settings(path, written, settings):
     """Raises ValueError if a log or a checkpoint was written with other settings than these."""
     for key, value in json.loads(json.dumps(settings)).items():
         same = value is None or key not in written or written[key] == value
-        if not same and key not in ("out", "device"):
+        if not same and key not in ("out", "device"):  # None: not decided yet
             raise ValueError(f"{path}: written with {key} {written[key]}, this run has {value}; "
                              "resume with the flags of that run, or give another --out")
 

@@ -8,7 +8,7 @@ Backward, the mask counts as the scores themselves ("straight-through"):
 
     dL/dS = dL/dM = dL/dW' * W       for kept and for pruned weights alike    (Eq. 3)
 
-The weights never change. Learning the scores is all the learning there is:
+The weights never change. Learning the scores is all the learning there is (lam grows with time):
 
     layers = prune(model, names, "magnitude")
     scores = [layer.scores for layer in layers.values()]
@@ -44,20 +44,19 @@ class StraightThrough(torch.autograd.Function):
         return grad, None
 
 class MaskedLinear(nn.Module):
-    """A linear layer with the weight W' = W * M. dense_weight W (out, in) and bias (out,) are the
-    replaced linear's, scores S (out, in) are learned, choose_masks sets the mask M, bool."""
-
+    """A linear layer with the weight W' = W * M. It takes dense_weight W (out, in) and bias (out,)
+    from the linear that it replaces. Its scores S are learned. choose_masks sets its mask M."""
     def __init__(self, linear, init="zero"):
         super().__init__()
         self.dense_weight = linear.weight
         self.bias = linear.bias
         self.scores = nn.Parameter(initial_scores(linear.weight, init))
         self.register_buffer("mask", torch.ones_like(linear.weight).bool(), persistent=False)
-        self.folded_weight = None  # see folded
-        self.last_thresholds = []  # see _brackets
+        self.folded_weight = None  # a W' that does not change, see folded
+        self.last_thresholds = []  # of the last two masks, see _brackets
 
     @property
-    def weight(self):  # also for modules that read it and never call forward
+    def weight(self):  # nn.MultiheadAttention reads this and never calls forward
         if self.folded_weight is not None:
             return self.folded_weight
         return self.dense_weight * StraightThrough.apply(self.scores, self.mask)
@@ -96,7 +95,7 @@ def prune(model, names, init="zero"):
 # ---- Which weights stay (Section 4.1, Table 3, Eq. 4) ---------------------------------------
 def topk_mask(scores, n_keep):
     """The 0/1 mask of the n_keep largest scores, straight-through, shaped like the scores.
-    By definition: sort, of equals the first first, and keep exactly n_keep:
+    This is the definition: sort, the lowest index first among equals, keep exactly n_keep.
         topk_mask([[.1, .7], [.7, .7]], 2)  ->  [[0, 1], [1, 0]]
     Raises ValueError for an impossible n_keep, FloatingPointError for nan or inf."""
     if not 0 <= n_keep <= scores.numel():
@@ -127,7 +126,7 @@ def keep_counts(scores, sparsity, rule="smp-s", tau=0.1):
     if rule == "threshold":
         counts = [threshold_mask(s, tau).count_nonzero() for s in matrices]
     elif rule == "global":
-        mask = topk_mask(torch.cat([s.flatten() for s in matrices]), total)
+        mask = topk_mask(torch.cat([s.flatten() for s in matrices]), total)  # only to count
         parts = mask.split([s.numel() for s in matrices])
         counts = [part.count_nonzero() for part in parts]
     elif rule == "smp-l":
@@ -139,16 +138,16 @@ def keep_counts(scores, sparsity, rule="smp-s", tau=0.1):
     return dict(zip(scores, counts, strict=True))
 
 def smp_s_shares(scores, keep):
-    """{name: scores} -> shares (m,). Among the L matrices of a type (layers.3.Q is a Q), l keeps
-        k_l = keep * L * R(S_l) / sum of R    of its weights (Eq. 4)"""
+    """{name: scores} -> how many weights each wants (m,), not yet whole. Of L matrices of a type
+    (layers.3.Q is a Q), l keeps the fraction k_l = keep * L * R(S_l) / sum of R (Eq. 4)."""
     types, shares = {}, {}
     for name, s in scores.items():
         types.setdefault(name.rpartition(".")[2], {})[name] = s
     for same in types.values():
         R = torch.stack([importance(s) for s in same.values()]).double()
-        R = R.nan_to_num().clamp_min(1e-45)  # no 0, since shares divide by it
-        k = capped_shares(_sizes(same.values()), R, keep)
-        shares.update(zip(same, k, strict=True))
+        R = R.nan_to_num().clamp_min(1e-45)  # a 0 or a nan would spoil the others' shares
+        wanted = capped_shares(_sizes(same.values()), R, keep)
+        shares.update(zip(same, wanted, strict=True))
     return torch.stack([shares[name] for name in scores])
 
 def importance(scores):
@@ -163,17 +162,17 @@ def capped_shares(sizes, R, keep):
     # With the j largest kept whole, the others share the rest: this gives a c for each j.
     whole = n.cumsum(0) - n
     others = (n * largest).flip(0).cumsum(0).flip(0)
-    c = ((keep * n.sum() - whole) / others).amax()  # any other c keeps too little
+    c = ((keep * n.sum() - whole) / others).amax()  # every other c keeps too little
     return sizes * (c * R).clamp(max=1)
 
 def whole_numbers(shares, total):
-    """Shares (m,) -> integers (m,) that sum to total: round down, then add 1 to the largest rests.
+    """Shares (m,) -> integers that sum to total: round down, add 1 to the largest remainders.
         whole_numbers([1.5, 2.7, 2.8], 7)  ->  [1, 3, 3]"""
     shares = shares.round(decimals=6)  # 4.9999999999 is 5
     counts = shares.floor()
-    largest_rest_first = (counts - shares).argsort(stable=True)
+    by_remainder = (counts - shares).argsort(stable=True)
     one_more = torch.arange(len(counts), device=counts.device) < total - counts.sum()
-    return counts.scatter_add(0, largest_rest_first, one_more.double()).long()
+    return counts.scatter_add(0, by_remainder, one_more.double()).long()
 
 def _sizes(scores):
     # Not torch.tensor(list): a GPU would make the host wait for that copy.
@@ -182,7 +181,7 @@ def _sizes(scores):
 @torch.no_grad()
 def choose_masks(layers, sparsity, rule="smp-s", tau=0.1):
     """Sets the mask of each of {name: MaskedLinear}: topk_mask of its scores and its count.
-    It does not look for nan: a GPU would make the host wait for that, at every step."""
+    It need not notice a nan: a GPU would make the host wait for that, at every step."""
     scores = {name: layer.scores for name, layer in layers.items()}
     counts = keep_counts(scores, sparsity, rule, tau)
     if all(s.device.type == "cpu" for s in scores.values()):
@@ -214,7 +213,8 @@ def sparsity_at(step, ramp_steps, target):
 
 def regularizer(scores):
     """The mean of R(S) over a list of score matrices, a scalar in (0, 1) (Eq. 6).
-    Below 0 it pulls kept scores down harder than pruned ones: sigmoid' grows with S there."""
+    It pulls all scores down, soon below 0. There sigmoid' grows with S, so it pulls kept ones
+    harder: the mask stays in motion, and a weight stays only if the task keeps asking for it."""
     return sum(importance(s) for s in scores) / len(scores)
 
 @torch.no_grad()
@@ -252,11 +252,11 @@ def objective(logits, labels, teacher_logits=None, temperature=2.0, teacher_weig
     return loss
 
 def balanced_lambda(scores, pull=1.0):
-    """The lambda at which the regulariser pulls a score at 0 `pull` times as hard as the typical
-    task gradient, pull * 4 n rms(scores.grad) over all scores: sigmoid'(0) is 1/4. A float."""
-    n = sum(s.numel() for s in scores)
-    norm = nn.utils.get_total_norm([s.grad for s in scores])
-    return 4 * pull * math.sqrt(n) * norm.item()
+    """The lambda at which the regulariser pulls a score at 0, on average, `pull` times as hard as
+    the typical task gradient: pull * 4 * total * rms(scores.grad), since sigmoid'(0) is 1/4."""
+    total = sum(s.numel() for s in scores)
+    norm = nn.utils.get_total_norm([s.grad for s in scores])  # rms * sqrt(total)
+    return 4 * pull * math.sqrt(total) * norm.item()
 
 # ---- The fast search: one may stop here. It finds what topk_mask defines, without sorting ----
 def _search(scores, k, last_thresholds):
@@ -281,7 +281,7 @@ def _search(scores, k, last_thresholds):
     equal = between[values == threshold]
     mask[above] = True
     mask[equal[: missing - len(above)]] = True
-    last_thresholds[:] = [*last_thresholds[-1:], threshold.item()]
+    last_thresholds[:] = [*last_thresholds[-1:], threshold.item()]  # the last two
     return mask.view(scores.shape)
 
 def _brackets(flat, k, last_thresholds):
@@ -333,7 +333,7 @@ def _search_bitwise(stack, k):
         enough = (keys >= higher).sum(1, keepdim=True) >= k
         threshold = torch.where(enough, higher, threshold)
     above, equal = keys > threshold, keys == threshold
-    # One long scan over all rows: a GPU is slow at many short ones.
+    # Each equal's number in its row. One long scan: a GPU is slow at many short ones.
     nth = equal.flatten().cumsum(0, dtype=torch.int32).view(equal.shape)
     nth -= nth[:, :1] - equal[:, :1].int()
     missing = k - above.sum(1, keepdim=True)

@@ -2392,7 +2392,7 @@ def test_damaged_files_end_in_one_line_that_names_them(interrupted, capsys, file
     keep = (interrupted.folder / "run/checkpoint.safetensors").read_bytes()
     for case in range(cases):
         path.write_bytes(damaged(content, how, np.random.default_rng([case, len(file), len(how)])))
-        if path.read_bytes() == content:
+        if path.read_bytes().strip() == content.strip():
             continue
         capsys.readouterr()
         try:
@@ -2476,7 +2476,7 @@ def test_the_demo_ends_in_its_table(demo):
     assert len(rows) == 6 and rows["the learned mask"] == round(
         final["last"]["metrics"]["accuracy"], 3
     )
-    assert rows["a random mask"] <= 0.65 and rows["a magnitude mask"] <= 0.65
+    assert rows["a random mask, untrained"] <= 0.65 and rows["a magnitude mask, untrained"] <= 0.65
     assert (
         rows["the learned mask"] >= 0.97 and rows["dense fine-tuning, every weight trained"] >= 0.99
     )

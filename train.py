@@ -115,7 +115,7 @@ class Run(TaskModel):
     """One run: what is learned, from what data, and in `state` how far it has come."""
 
     def __init__(self, flags):
-        s, self.out = settings_of(flags), Path(flags.out)
+        s, self.out = settings_of(flags), Path(flags.out)  # not all yet: n is not known
         task, folder = data.TASKS[s.task], bert.find_pretrained(s.model)
         data.ensure(task, s.data)
         texts, labels = data.read_split(task, s.data, "train", s.limit)
@@ -126,7 +126,7 @@ class Run(TaskModel):
         self.teacher_logits = self.ask_teacher() if s.teacher else None
         torch.manual_seed(s.seed)
         self.make_learnable()
-        # "logged" marks what in metrics.jsonl belongs to the steps done.
+        # "logged": length and hash of the log at the last checkpoint.
         self.state = {"step": 0, "lam": self.s.lam, "best": None, "last": None, "logged": None}
 
     def ask_teacher(self):
@@ -146,7 +146,9 @@ class Run(TaskModel):
         for scores in self.scores:
             scores.requires_grad_(s.scores_from == "learned")
         weights = [p for name, p in model.named_parameters() if is_trained(name, s)]
-        self.n_trained = sum(p.requires_grad_(True).numel() for p in weights)
+        self.n_trained = sum(p.numel() for p in weights)
+        for p in weights:
+            p.requires_grad_(True)
         # Decay would pull negative scores up. Weights need a warm-up: large first steps wreck them.
         groups = [{"params": self.scores if s.scores_from == "learned" else [],
                    "peak": s.lr, "warmup": 0, "weight_decay": 0.0},
@@ -180,8 +182,8 @@ class Run(TaskModel):
 
         if s.scores_from == "learned":
             self.state["lam"] = self.find_lambda()
-            ramp = smp.sparsity_at(step, s.steps, 1.0)  # it grows on while the mask settles
-            smp.add_regularizer_gradient(self.scores, self.state["lam"] * ramp)
+            lam_ramp = smp.sparsity_at(step, s.steps, 1.0)  # it grows on while the mask settles
+            smp.add_regularizer_gradient(self.scores, self.state["lam"] * lam_ramp)
 
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, s.steps, group["peak"], group["warmup"])
@@ -238,7 +240,7 @@ def train(flags):
             train_loop(run, log, interrupts)
         except FloatingPointError as error:
             raise FloatingPointError(f"step {run.state['step']}: {error}; try a smaller learning "
-                                     f"rate, or get {run.base} again if it is damaged") from None
+                                     f"rate, or get {run.base}/model.safetensors again") from None
         final = finish(run, log)
     final["seconds"] = round(time.monotonic() - started, 1)
     final["peak_mb"] = round(data.peak_mb(run.s.device))
@@ -341,7 +343,7 @@ def finish(run, log):
     kept, total = data.kept_and_total(masks)
     new_bits = total  # a bit for each prunable weight
     if run.s.trains_weights:
-        new_bits += 32 * (run.n_trained - (total - kept))
+        new_bits += 32 * (run.n_trained - (total - kept))  # what is pruned is not shipped
     best, last = run.state["best"], run.state["last"]
     final = {"metrics": best["metrics"], "best": best, "last": last, "frozen_unchanged": True,
              "kept": kept, "total": total, "new_bits": new_bits}
@@ -368,10 +370,10 @@ def plain_state(model):
 
 def fingerprint(model, tokenizer):
     """SHA-256, in hex, of all that a mask belongs to: weights, sizes, vocabulary and its use."""
-    tokenizer.no_truncation()
+    tokenizer.no_truncation()  # encode sets it again
     config = {key: value for key, value in vars(model.config).items() if "dropout" not in key}
     words = [sorted(tokenizer.get_vocab().items()), tokenizer.encode("[MASK]").ids]
-    if tokenizer.normalizer:
+    if tokenizer.normalizer:  # it lowers case, strips accents, parts Chinese characters, or not
         words.append(tokenizer.normalizer.normalize_str("Café 漢字"))
     weights = {name: tensor.float().cpu() for name, tensor in plain_state(model).items()}
     return data.checksum(json.dumps([config, words]), weights)
@@ -463,10 +465,11 @@ def load_checkpoint(run, path):
         torch.cuda.set_rng_state(tensors["rng.cuda"], run.s.device)
 
 def origin(run):
-    """What a resumed run must find again (weights, data), and what it had better."""
+    """What a resumed run must find again (weights, data), and what it had better find."""
     digests = [examples.checksum() for examples in (run.train_set, *run.dev_sets.values())]
     return {"weights": run.fingerprint, "data": " ".join(digests),
-            "threads": torch.get_num_threads(), "torch": torch.__version__}
+            "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "device": torch.device(run.s.device).type}
 
 # ---- Masks at work --------------------------------------------------------------------------
 
@@ -669,22 +672,22 @@ def compare(flags, learned):
         for layer in layers.values():
             layer.scores.data = scores_of(layer.dense_weight)
         smp.choose_masks(layers, sparsity, "smp-l")
-        rows[f"a {name} mask"] = accuracy()
+        rows[f"a {name} mask, untrained"] = accuracy()
     rows["the learned mask"] = learned["last"]["metrics"]["accuracy"]
     # The same for every mask: trained once and kept.
     out = f"{s.data}/dense-{s.precision}-{s.max_length}-{frozen.fingerprint[:8]}"
-    dense = parse_flags(["--method=finetune", "--epochs=2", "--weight-lr=5e-4", "--dropout=0"])
+    flags = parse_flags(["--method=finetune", "--epochs=2", "--weight-lr=5e-4", "--dropout=0"])
     for name in ("data", "model", "device", "precision", "max_length"):
-        setattr(dense, name, getattr(s, name))
-    dense.resume, dense.out, dense.seed = True, out, 0
+        setattr(flags, name, getattr(s, name))
+    flags.resume, flags.out, flags.seed = True, out, 0
     with contextlib.redirect_stdout(io.StringIO()):
-        dense = finished_run(dense) or train(dense)
+        dense = finished_run(flags) or train(flags)
     rows["dense fine-tuning, every weight trained"] = dense["last"]["metrics"]["accuracy"]
     print(f"\naccuracy on dev; the three masks remove {sparsity:.0%} of the weights, change none")
     for what, value in rows.items():
         bar = "█" * round(30 * value)
         print(f"  {what:<40} {value:.3f}  {bar}")
-    if rows["the learned mask"] > max(rows["a random mask"], rows["a magnitude mask"]):
+    if rows["the learned mask"] > rows["a magnitude mask, untrained"]:
         print("\nThe frozen weights already hold a classifier; it is hidden among the others. "
               "Neither chance nor\nsize finds it. Asking the task of each weight \"stay or go?\", "
               "and nothing else, does.")
@@ -738,7 +741,7 @@ def settings_of(flags, n=None, positions=512):
     s.epochs = 0 if s.scores_from == "random" else s.epochs
     if s.batch_size is None:
         s.batch_size = 64 if large else 32
-        # What a small network lacks in a short run is steps.
+        # A step moves a score by about lr, whatever the batch: 1,500 steps at least, if possible.
         if not (demo or s.paper or keeps_most):
             while s.batch_size > 16 and s.epochs * n < 1500 * s.batch_size:
                 s.batch_size //= 2
@@ -799,7 +802,7 @@ def number(low, high=math.inf, kind=float):
 def device(string):
     """An argparse type: the name of a device that works on this machine."""
     try:
-        torch.zeros(1, dtype=torch.float64, device=string).item()  # in which shares are counted
+        torch.zeros(1, dtype=torch.float64, device=string).item()  # smp counts shares in float64
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise argparse.ArgumentTypeError(f"no device {string!r} here ({reason})") from None
