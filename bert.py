@@ -187,14 +187,15 @@ FIXED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": 
 
 def _rename(name, table):
     """A tensor's name through a table of modules, None if unknown:
-    `bert.encoder.layer.3.attention.self.query.bias` <-> `layers.3.Q.bias`"""
+    `bert.encoder.layer.3.attention.self.query.bias` <-> `layers.3.Q.bias`
+    `bert.embeddings.LayerNorm.bias` <-> `embeddings.norm.bias`"""
     module, _, parameter = name.rpartition(".")
     number = next((part for part in module.split(".") if part.isdigit()), "*")
     target = table.get(module.replace(f".{number}.", ".*."))
     return f"{target.replace('*', number)}.{parameter}" if target else None
 
 def our_name(name):
-    """A checkpoint's tensor name in any of its spellings -> ours, or None if we know none.
+    """A checkpoint's tensor name in any spelling -> ours, "dropped" or, if it is unknown, None.
     `encoder.layer.0.output.LayerNorm.gamma` -> `layers.0.output_norm.weight`"""
     if name.startswith(("embeddings.", "encoder.", "pooler.")):
         name = "bert." + name

@@ -3,7 +3,8 @@
 TASKS holds all that differs between the nine tasks (and the demo, a tenth). A task becomes texts
 (read_split), texts become token ids (encode), ids become batches of about equal length (batches),
 and logits become the numbers that GLUE reports (evaluate_metrics). Then come the mask file, the
-downloads, what makes files and the terminal safe, and the demo's language.
+downloads, what makes files and the terminal safe, and the demo's language. `reading(path)` makes
+an error name the file; `whole(path)` writes a file whole or not at all.
 
 Letters: N examples, B batch, T tokens of the longest member of a batch, C classes.
 """
@@ -105,7 +106,7 @@ def read_split(task, data_dir, split, limit=None):
         if column not in columns:
             raise ValueError(f"{path}, line 1: no column {column!r} in the header; expected "
                              f"{', '.join(wanted)}, found {printable(columns, 120)}")
-    *places, label_place = [columns.index(column) for column in (*task.text, wanted[-1])]
+    places = [columns.index(column) for column in task.text]
     texts, labels = [], []
     for number, line in enumerate(lines[:limit], start=first):
         fields = line.split("\t")
@@ -115,7 +116,8 @@ def read_split(task, data_dir, split, limit=None):
         text = tuple(fields[place] for place in places)
         texts.append(text if len(text) > 1 else text[0])
         if not is_test:
-            labels.append(_parse_label(task, fields[label_place], f"{path}, line {number}"))
+            label = fields[columns.index(task.label)]
+            labels.append(_parse_label(task, label, f"{path}, line {number}"))
     if not texts:
         raise ValueError(f"{path}: no examples in it; expected at least one line of data")
     if split == "train" and min(labels) == max(labels):
@@ -370,8 +372,10 @@ def save_masks(path, masks, metadata):
     """Writes {name: mask} to a safetensors file, with metadata that JSON can hold. Of a matrix that
     keeps most of its weights the pruned ones are encoded, else the kept ones."""
     inverted = [name for name, mask in masks.items() if 2 * mask.count_nonzero() > mask.numel()]
-    packed = {name: encode_gaps(mask.detach().cpu().numpy() != (name in inverted))
-              for name, mask in masks.items()}
+    packed = {}
+    for name, mask in masks.items():
+        flags = mask.detach().cpu().numpy().astype(bool)
+        packed[name] = encode_gaps(~flags if name in inverted else flags)
     shapes = {name: list(mask.shape) for name, mask in masks.items()}
     header = {"shapes": shapes, "inverted": inverted, "metadata": metadata}
     header = {"format": "smp-mask-2"} | {key: json.dumps(x) for key, x in header.items()}
@@ -393,7 +397,7 @@ def decode_gaps(packed, size):
     coder = zlib.decompressobj()
     symbols = np.frombuffer(coder.decompress(packed.tobytes(), size + 1), np.uint8)
     is_end = symbols < 255
-    places = np.cumsum(symbols + is_end, dtype=np.int64)[is_end] - 1
+    places = np.cumsum(symbols + is_end, dtype=np.int64)[is_end] - 1  # 2 0 -> 3 4 -> 2 3
     if not coder.eof or len(symbols) > size or (len(places) and places[-1] >= size):
         raise ValueError(f"its content does not fit {size:,} weights")
     flags = np.zeros(size, bool)
@@ -413,7 +417,9 @@ def load_masks(path, shapes=None):
     masks = {}
     with reading(path, "a whole mask file"), safe_open(path, "np") as file:
         for name, shape in found.items():
-            flags = decode_gaps(file.get_tensor(name), math.prod(shape)) ^ (name in inverted)
+            flags = decode_gaps(file.get_tensor(name), math.prod(shape))
+            if name in inverted:
+                np.logical_not(flags, out=flags)
             masks[name] = torch.from_numpy(flags).view(shape)
     return masks, metadata
 
@@ -720,8 +726,10 @@ def printable(text, most=500):
 
 def progress_bar(name, total, done=0, **kwargs):
     """On a terminal a bar, in a log file a line every half minute."""
-    pause = 0.1 if sys.stderr.isatty() else 30
+    terminal = sys.stderr.isatty()
+    pause = 0.1 if terminal else 30
     line = "{desc:<12}{n_fmt:>6}/{total_fmt} |{bar}|{postfix} {remaining} left"
+    line += "" if terminal else "\n"
     return tqdm(total=total, initial=done, desc=name, dynamic_ncols=True, bar_format=line,
                 mininterval=pause, maxinterval=max(pause, 10), **kwargs)
 

@@ -8,7 +8,7 @@ Backward, the mask counts as the scores themselves ("straight-through"):
 
     dL/dS = dL/dM = dL/dW' * W       for kept and for pruned weights alike    (Eq. 3)
 
-The weights never change. Learning the scores is all the learning there is (lam grows with time):
+The weights never change. The loss is the task's + lam * the mean of sigmoid(S), and lam grows:
 
     layers = prune(model, names, "magnitude")
     scores = [layer.scores for layer in layers.values()]
@@ -38,7 +38,6 @@ class StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scores, mask):
         return mask.to(scores.dtype)
-
     @staticmethod
     def backward(ctx, grad):
         return grad, None
@@ -95,7 +94,7 @@ def prune(model, names, init="zero"):
 # ---- Which weights stay (Section 4.1, Table 3, Eq. 4) ---------------------------------------
 def topk_mask(scores, n_keep):
     """The 0/1 mask of the n_keep largest scores, straight-through, shaped like the scores.
-    This is the definition: sort, the lowest index first among equals, keep exactly n_keep.
+    Defined by sorting, the lowest index first among equals (and found without, see _search):
         topk_mask([[.1, .7], [.7, .7]], 2)  ->  [[0, 1], [1, 0]]
     Raises ValueError for an impossible n_keep, FloatingPointError for nan or inf."""
     if not 0 <= n_keep <= scores.numel():
@@ -126,7 +125,7 @@ def keep_counts(scores, sparsity, rule="smp-s", tau=0.1):
     if rule == "threshold":
         counts = [threshold_mask(s, tau).count_nonzero() for s in matrices]
     elif rule == "global":
-        mask = topk_mask(torch.cat([s.flatten() for s in matrices]), total)  # only to count
+        mask = topk_mask(torch.cat([s.flatten() for s in matrices]), total)  # for its counts
         parts = mask.split([s.numel() for s in matrices])
         counts = [part.count_nonzero() for part in parts]
     elif rule == "smp-l":
@@ -159,10 +158,11 @@ def capped_shares(sizes, R, keep):
         capped_shares([10, 10, 10], [6, 2, 1], 0.6)  ->  [10, 5.3, 2.7]"""
     largest, order = R.sort(descending=True, stable=True)
     n = sizes[order]
-    # With the j largest kept whole, the others share the rest: this gives a c for each j.
+    # With the j largest kept whole the others share the rest: a c for each j. The sum wanted is
+    # the least over j of whole + c * others, so the c wanted is the largest.
     whole = n.cumsum(0) - n
     others = (n * largest).flip(0).cumsum(0).flip(0)
-    c = ((keep * n.sum() - whole) / others).amax()  # every other c keeps too little
+    c = ((keep * n.sum() - whole) / others).amax()
     return sizes * (c * R).clamp(max=1)
 
 def whole_numbers(shares, total):
@@ -253,7 +253,7 @@ def objective(logits, labels, teacher_logits=None, temperature=2.0, teacher_weig
 
 def balanced_lambda(scores, pull=1.0):
     """The lambda at which the regulariser pulls a score at 0, on average, `pull` times as hard as
-    the typical task gradient: pull * 4 * total * rms(scores.grad), since sigmoid'(0) is 1/4."""
+    the typical task gradient. The regulariser's mean gradient at 0 is 1 / (4 * total)."""
     total = sum(s.numel() for s in scores)
     norm = nn.utils.get_total_norm([s.grad for s in scores])  # rms * sqrt(total)
     return 4 * pull * math.sqrt(total) * norm.item()
@@ -274,7 +274,7 @@ def _search(scores, k, last_thresholds):
         if 0 < missing <= len(between):
             break
     else:
-        raise FloatingPointError("nan among the scores")  # which no guess can hold
+        raise FloatingPointError("nan among the scores")  # fewer than k are numbers
     values = flat[between]
     threshold = values.kthvalue(len(values) - missing + 1).values
     above = between[values > threshold]
@@ -333,7 +333,7 @@ def _search_bitwise(stack, k):
         enough = (keys >= higher).sum(1, keepdim=True) >= k
         threshold = torch.where(enough, higher, threshold)
     above, equal = keys > threshold, keys == threshold
-    # Each equal's number in its row. One long scan: a GPU is slow at many short ones.
+    # Number the equals of a row: one long scan, as a GPU likes it, less that of the rows before.
     nth = equal.flatten().cumsum(0, dtype=torch.int32).view(equal.shape)
     nth -= nth[:, :1] - equal[:, :1].int()
     missing = k - above.sum(1, keepdim=True)

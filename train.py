@@ -115,7 +115,7 @@ class Run(TaskModel):
     """One run: what is learned, from what data, and in `state` how far it has come."""
 
     def __init__(self, flags):
-        s, self.out = settings_of(flags), Path(flags.out)  # not all yet: n is not known
+        s, self.out = settings_of(flags), Path(flags.out)  # those without n examples
         task, folder = data.TASKS[s.task], bert.find_pretrained(s.model)
         data.ensure(task, s.data)
         texts, labels = data.read_split(task, s.data, "train", s.limit)
@@ -196,8 +196,8 @@ class Run(TaskModel):
         """lambda, measured on the task's gradient at the first batch. The first gradients of a
         regression only find its mean: there the smallest of the first twentieth counts."""
         s, lam = self.s, self.state["lam"]
-        last = s.steps // 20 if self.task.regression else 0
-        if s.lam is not None or self.state["step"] > last:
+        last_measured = s.steps // 20 if self.task.regression else 0
+        if s.lam is not None or self.state["step"] > last_measured:  # s.lam: --lambda was given
             return lam
         return min(lam or math.inf, smp.balanced_lambda(self.scores, s.pull))
 
@@ -388,7 +388,7 @@ def save_result(run, masks):
     if s.trains_weights:
         name, baked = "model", bake_masks(run.model, masks, run.base)
         save_model(run.out / "model", baked, run.base)
-        belongs_to = fingerprint(baked, run.tokenizer)
+        belongs_to = fingerprint(baked, run.tokenizer)  # the model that is shipped with the mask
     if masks:
         local = ("model", "data", "out", "teacher", "device")
         settings = {key: value for key, value in recorded(s).items() if key not in local}
@@ -420,7 +420,7 @@ def recorded(s):
 def save_checkpoint(run, log):
     """Writes all that the next step depends on: what trains, Adam's moments, dropout's generator,
     lambda. (Masks follow from the scores, an epoch's order from its seed.) Returns the time of the
-    next one, such that they take at most 2 % of it."""
+    next one, such that they take at most 2 % of the time of the run."""
     begun = time.monotonic()
     run.state["logged"] = log.mark()
     tensors = {f"model.{name}": p.detach() for name, p in run.model.named_parameters()
@@ -933,7 +933,7 @@ def main(argv=None):
         try:
             return run_command(flags)
         except KeyboardInterrupt:
-            print("\ninterrupted; the same command with --resume goes on from the last checkpoint",
+            print("\ninterrupted; with --resume the same command goes on from a checkpoint, if any",
                   file=sys.stderr)
             raise SystemExit(130) from None
         except (ValueError, OSError, ArithmeticError, RuntimeError, MemoryError,
