@@ -398,7 +398,7 @@ def decode_gaps(packed, size):
     symbols = np.frombuffer(coder.decompress(packed.tobytes(), size + 1), np.uint8)
     is_end = symbols < 255
     places = np.cumsum(symbols + is_end, dtype=np.int64)[is_end] - 1  # 2 0 -> 3 4 -> 2 3
-    if not coder.eof or len(symbols) > size or (len(places) and places[-1] >= size):
+    if not coder.eof or (len(places) and places[-1] >= size):
         raise ValueError(f"its content does not fit {size:,} weights")
     flags = np.zeros(size, bool)
     flags[places] = True

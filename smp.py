@@ -168,7 +168,7 @@ def capped_shares(sizes, R, keep):
 def whole_numbers(shares, total):
     """Shares (m,) -> integers that sum to total: round down, add 1 to the largest remainders.
         whole_numbers([1.5, 2.7, 2.8], 7)  ->  [1, 3, 3]"""
-    shares = shares.round(decimals=6)  # 4.9999999999 is 5
+    shares = shares.round(decimals=6)  # so that no device's noise decides a tie
     counts = shares.floor()
     by_remainder = (counts - shares).argsort(stable=True)
     one_more = torch.arange(len(counts), device=counts.device) < total - counts.sum()

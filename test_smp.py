@@ -554,6 +554,8 @@ def test_capped_shares_fill_the_budget(matrices, sparsity):
 def test_whole_numbers_sum_to_the_total():
     shares = torch.tensor([1.5, 2.7, 2.8, 4.9999999999], dtype=torch.float64)
     assert smp.whole_numbers(shares, 12).tolist() == [1, 3, 3, 5]
+    almost_tied = torch.tensor([0.5 - 1e-12, 0.5], dtype=torch.float64)
+    assert smp.whole_numbers(almost_tied, 1).tolist() == [1, 0]
 
 # =============================================================================================
 # 5. Schedule and loss
@@ -1959,6 +1961,12 @@ def test_a_run_without_a_checkpoint_starts_over_only_with_its_own_settings(world
     log.write_text(lines[0] + "\n")  # as if it had been killed early
     message = fails(world, "--epochs", "1", "--resume", "--lr", "0.1", capsys=capsys)
     assert "written with lr 0.02, this run has 0.1" in message and mask.read_bytes() == before
+    message = fails(world, "--epochs", "1", "--resume", "--eval-every", "7", capsys=capsys)
+    assert "written with eval_every 20, this run has 7" in message
+    log.write_text(lines[0].replace('"eval_every": 20', '"eval_every": 7') + "\n")
+    message = fails(world, "--epochs", "1", "--resume", capsys=capsys)  # known with the data only
+    assert "written with eval_every 7, this run has 20" in message
+    log.write_text(lines[0] + "\n")
     world("--epochs", "1", "--resume")
     assert "starting over" in capsys.readouterr().out and log.read_text().splitlines() == lines
 
@@ -2008,6 +2016,10 @@ def test_what_is_reported_is_on_disk(world, monkeypatch):
 
 def test_a_lock_and_a_part_write_through_no_link(world, tmp_path):
     write(tmp_path / "precious", "a")
+    (tmp_path / "file.part").symlink_to(tmp_path / "precious")
+    with data.whole(tmp_path / "file") as part:
+        part.write_text("b")
+    assert (tmp_path / "file").read_text() == "b" and not (tmp_path / "file").is_symlink()
     (tmp_path / "run").mkdir()
     (tmp_path / "run/.lock").symlink_to(tmp_path / "precious")
     (tmp_path / "run/mask.safetensors.part").symlink_to(tmp_path / "precious")
