@@ -366,7 +366,8 @@ def zip_predictions(paths):
 
 # ---- The mask file: at most about one bit a weight ------------------------------------------
 
-MOST_WEIGHTS = 400_000_000  # of all masks in a file; BERT-large has 302 million
+# What a mask file may unpack to, in all and a matrix. BERT-large has 302 and 4 million.
+MOST_WEIGHTS, LARGEST_MATRIX = 320_000_000, 8_000_000
 
 def save_masks(path, masks, metadata):
     """Writes {name: mask} to a safetensors file, with metadata that JSON can hold. Of a matrix that
@@ -444,9 +445,11 @@ def _read_mask_header(path):
                                       for key in ("shapes", "inverted", "metadata")]
         shapes = {name: tuple(shape) for name, shape in shapes.items()}
         sizes = [size for shape in shapes.values() for size in shape]
-        total = sum(math.prod(shape) for shape in shapes.values())
-        if any(type(size) is not int or size < 0 for size in sizes) or total > MOST_WEIGHTS:
-            raise ValueError(f"its shapes are no sizes, or over {MOST_WEIGHTS:,} weights in all")
+        if any(type(size) is not int or size < 0 for size in sizes):
+            raise ValueError("its shapes are no sizes")
+        weights = [0, *(math.prod(shape) for shape in shapes.values())]
+        if sum(weights) > MOST_WEIGHTS or max(weights) > LARGEST_MATRIX:
+            raise ValueError(f"over {MOST_WEIGHTS:,} weights in all, or {LARGEST_MATRIX:,} in one")
     return shapes, inverted, metadata
 
 def kept_and_total(masks):
