@@ -98,9 +98,9 @@ def read_split(task, data_dir, split, limit=None):
         raise FileNotFoundError(f"{path}: no such file; expected GLUE's folder {task.folder} there "
                                 "(see --data)")
     lines, is_test = read_lines(path), split in task.test
-    columns, first = task.columns, 1
+    columns, first_line = task.columns, 1
     if is_test or not columns:
-        columns, first = lines.pop(0).split("\t"), 2
+        columns, first_line = lines.pop(0).split("\t"), 2
     wanted = task.text if is_test else (*task.text, task.label)
     for column in wanted:
         if column not in columns:
@@ -108,7 +108,7 @@ def read_split(task, data_dir, split, limit=None):
                              f"{', '.join(wanted)}, found {printable(columns, 120)}")
     places = [columns.index(column) for column in task.text]
     texts, labels = [], []
-    for number, line in enumerate(lines[:limit], start=first):
+    for number, line in enumerate(lines[:limit], start=first_line):
         fields = line.split("\t")
         if task.skip_short_lines and len(fields) < len(columns) and split == "train":
             continue

@@ -115,7 +115,7 @@ class Run(TaskModel):
     """One run: what is learned, from what data, and in `state` how far it has come."""
 
     def __init__(self, flags):
-        s, self.out = settings_of(flags), Path(flags.out)  # those without n examples
+        s, self.out = settings_of(flags), Path(flags.out)  # n is not known yet
         task, folder = data.TASKS[s.task], bert.find_pretrained(s.model)
         data.ensure(task, s.data)
         texts, labels = data.read_split(task, s.data, "train", s.limit)
@@ -310,7 +310,7 @@ def finished_run(flags):
     data.compare_settings(out / "metrics.jsonl", log[0], recorded(s))
     if log[-1]["event"] != "final":
         return None
-    checkpoint.unlink(missing_ok=True)  # if the run was killed between the two
+    checkpoint.unlink(missing_ok=True)  # if the run was killed right after its final record
     print(f"{out}: this run is complete, nothing to resume")
     return log[-1]
 
@@ -386,7 +386,7 @@ def save_result(run, masks):
     if Path(name).is_dir():
         name = Path(name).resolve().name  # where it lies is of no use to others
     if s.trains_weights:
-        name, baked = "model", bake_masks(run.model, masks, run.base)
+        name, baked = "model", bake_masks(run.model, masks, run.base)  # see find_base
         save_model(run.out / "model", baked, run.base)
         belongs_to = fingerprint(baked, run.tokenizer)  # the model that is shipped with the mask
     if masks:
