@@ -228,14 +228,17 @@ def find_pretrained(name):
             f"{name}: neither a local folder nor to be had from the hub ({reason}); give a folder "
             "with config.json, model.safetensors and vocab.txt or tokenizer.json") from error
 
+def _check_exists(path):
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file; a model folder holds config.json, "
+                                "model.safetensors and vocab.txt or tokenizer.json")
+
 LARGEST_SIZE = 10_000_000  # of any dimension; larger than any BERT's vocabulary
 
 def read_config(path):
     """config.json -> Config. Raises FileNotFoundError, and ValueError naming the key that is
     missing or asks for a BERT that is not this one."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file; a model folder holds config.json, "
-                                "model.safetensors and vocab.txt or tokenizer.json")
+    _check_exists(path)
     try:
         raw = json.loads(Path(path).read_text("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -296,9 +299,7 @@ def load_pretrained(folder):
 
 def _read_tensors(path):
     """model.safetensors -> ({our name: float32 tensor}, {our name: the name in the file})."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; a model folder holds config.json, "
-                                "model.safetensors and vocab.txt or tokenizer.json")
+    _check_exists(path)
     try:
         stored = load_file(path)
     except Exception as error:

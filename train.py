@@ -241,10 +241,10 @@ def train(flags):
         except FloatingPointError as error:
             raise FloatingPointError(f"step {run.state['step']}: {error}; try a smaller learning "
                                      f"rate, or get {run.base}/model.safetensors again") from None
-        final = finish(run, log)
+        final, masks = finish(run, log)
     final["seconds"] = round(time.monotonic() - started, 1)
     final["peak_mb"] = round(data.peak_mb(run.s.device))
-    report(run, final)
+    report(run, final, masks)
     return final
 
 def train_loop(run, log, interrupts):
@@ -335,11 +335,11 @@ def begin(run):
     return log
 
 def finish(run, log):
-    """The last checks, and the final record, which it returns."""
+    """The last checks. Returns the final record and the masks, as they are on disk."""
     check_frozen(run)
     masks = {}
     if run.layers:
-        masks = data.load_masks(run.out / "mask.safetensors")[0]  # what is counted is on disk
+        masks = data.load_masks(run.out / "mask.safetensors")[0]
     kept, total = data.kept_and_total(masks)
     new_bits = total  # a bit for each prunable weight
     if run.s.trains_weights:
@@ -351,7 +351,7 @@ def finish(run, log):
     log.mark()  # all on disk before the checkpoint goes
     for leftover in run.out.glob("checkpoint.safetensors*"):
         leftover.unlink()
-    return final
+    return final, masks
 
 def check_frozen(run):
     """Raises RuntimeError if a tensor that the method freezes is not the checkpoint's, bit for bit,
@@ -591,13 +591,13 @@ def introduce(run):
     if run.s.rule == "threshold":
         print(f"note        the rule sets no sparsity: sigmoid(S) > {run.s.tau:g} decides")
 
-def report(run, final):
+def report(run, final, masks):
     best, last = final["best"], final["last"]
     mask = run.out / "mask.safetensors"
     files, cost = [f"{run.out}/metrics.jsonl"], []
     print()
-    if run.layers:
-        print(data.density_table(data.load_masks(mask)[0]))
+    if masks:
+        print(data.density_table(masks))
         sparsity = 1 - final["kept"] / final["total"]
         print(f"\nkept {final['kept']:,} of {final['total']:,} weights: sparsity {sparsity:.6f}")
         cost.append("one bit for each prunable weight")
