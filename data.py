@@ -39,7 +39,8 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Task:
-    """One row of the table. A regression has one label word and no labels."""
+    """One row of the table. A regression has one label word and no labels; masked language
+    modelling (MLM) asks for any word, and its texts are a file of their own."""
     folder: str                     # below --data
     text: tuple                     # the column or the two columns of the text
     label: str                      # the column of the label
@@ -54,7 +55,11 @@ class Task:
 
     @property
     def regression(self):
-        return not self.labels
+        return bool(self.words) and not self.labels
+
+    @property
+    def mlm(self):
+        return not self.words
 
 YES_NO = {"labels": ("entailment", "not_entailment"), "words": ("Yes", "No")}
 TASKS = {
@@ -81,6 +86,7 @@ TASKS = {
                  ("accuracy",), archive="WNLI"),
     "demo": Task("DEMO", ("sentence",), "label", ("0", "1"), ("terrible", "great"),
                  ("accuracy",)),
+    "mlm": Task("", (), "", (), (), ("accuracy", "perplexity"), test=()),
 }
 
 # ---- TSV files ------------------------------------------------------------------------------
@@ -93,6 +99,8 @@ def read_split(task, data_dir, split, limit=None):
 
     `split` is "train" or a name from task.dev or task.test; `limit` keeps the first so many lines.
     Raises ValueError with file and line for what cannot be read."""
+    if task.mlm:
+        return read_corpus(Path(data_dir), split)[:limit], None
     path = Path(data_dir) / task.folder / f"{split}.tsv"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected GLUE's folder {task.folder} there "
@@ -124,6 +132,21 @@ def read_split(task, data_dir, split, limit=None):
         raise ValueError(f"{path}: every label is the same; expected two (see --limit)")
     return texts, None if is_test else np.array(labels, np.float32 if task.regression else np.int64)
 
+def read_corpus(path, split):
+    """The texts of a corpus, a line each, blank ones left out: the last 5 % are "dev", the others
+    "train". Raises FileNotFoundError, and ValueError with file and line."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; --corpus is a text file, a text a line")
+    texts = []
+    for number, line in enumerate(read_lines(path), start=1):
+        _check_text(f"{path}, line {number}", line)
+        texts += [line] if line.strip() else []
+    if len(texts) < 20:
+        raise ValueError(f"{path}: {len(texts)} lines of text; expected 20 at least, so that some "
+                         "can be held out")
+    held_out = math.ceil(len(texts) / 20)
+    return texts[-held_out:] if split == "dev" else texts[:-held_out]
+
 def read_lines(path):
     """The lines of a UTF-8 file. Only a line feed ends one: other software has more line ends."""
     try:
@@ -139,9 +162,12 @@ def _check_line(place, fields, expected):
         raise ValueError(f"{place}: {len(fields)} columns, expected {expected}; mend the line or "
                          "get the file again")
     for field in fields:
-        if "\0" in field or len(field) > LONGEST_FIELD:
-            raise ValueError(f"{place}: a NUL byte, or over {LONGEST_FIELD:,} characters in a "
-                             "field; get the file again")
+        _check_text(place, field)
+
+def _check_text(place, text):
+    if "\0" in text or len(text) > LONGEST_FIELD:
+        raise ValueError(f"{place}: a NUL byte, or over {LONGEST_FIELD:,} characters in a field; "
+                         "get the file again")
 
 def _parse_label(task, string, place):
     if not task.regression:
@@ -238,6 +264,15 @@ def encode(tokenizer, texts, labels, max_length):
     encodings = tokenizer.encode_batch(texts)
     return Encoded([e.ids for e in encodings], [e.type_ids for e in encodings], labels)
 
+def encode_corpus(tokenizer, texts, max_length):
+    """Texts -> Encoded, without those in which no word is known. Raises ValueError if none is."""
+    found, special = encode(tokenizer, texts, None, max_length), special_ids(tokenizer)
+    known = [i for i, ids in enumerate(found.ids) if not set(ids) <= set(special)]
+    if not known:
+        raise ValueError(f"{printable(texts[0], 80)!r}, and {len(texts) - 1} more lines of the "
+                         "corpus: no word is in the model's vocabulary")
+    return Encoded([found.ids[i] for i in known], [found.segments[i] for i in known], None)
+
 def batches(encoded, batch_size, generator=None):
     """Yields dicts of tensors: index (B,), input_ids and token_type_ids (B, T), attention_mask
     (B, T) or None where nothing is padded, labels (B,) or None.
@@ -272,28 +307,48 @@ def _batch(encoded, index, lengths):
             "attention_mask": None if mask.all() else torch.from_numpy(mask),
             "labels": None if encoded.labels is None else torch.from_numpy(encoded.labels[index])}
 
-def training_batches(encoded, s, step=0):
+def training_batches(encoded, s, step=0, change=None):
     """The batches of s.epochs epochs, from a step on; s has batch_size and seed. Each epoch has its
-    own seed, so a resumed run finds its order again."""
+    own generator, so a resumed run finds its order again; `change(batch, generator)` draws from it
+    too."""
     epoch, done = divmod(step, math.ceil(len(encoded) / s.batch_size))
     for number in range(epoch, s.epochs):
-        order = torch.Generator().manual_seed(s.seed + (number << 32))
-        yield from itertools.islice(batches(encoded, s.batch_size, order), done, None)
+        generator = torch.Generator().manual_seed(s.seed + (number << 32))
+        found = batches(encoded, s.batch_size, generator)
+        if change:
+            found = (change(batch, generator) for batch in found)
+        yield from itertools.islice(found, done, None)
         done = 0
 
-def hide_words(ids, mask_id, rng, rate=0.3):
-    """Token ids (B, T) -> the ids with a share of the words hidden, the places to predict (B, T),
-    bool, and the ids to predict there (B, T).
+def hide_words(batch, tokenizer, generator, rate=0.15, cls_word=False, everywhere=False):
+    """Masked language modelling: asks for a share of a batch's words, never for a special token. Of
+    the words asked for, 80 % become [MASK], 10 % a random token, 10 % stay.
 
-    [CLS] must predict a word of its text, drawn at random. Else the demo's BERT would learn nothing
-    at [CLS], where the head reads."""
-    is_word = ids > mask_id  # the special tokens come first
-    asked = is_word & (torch.rand(ids.shape, generator=rng) < rate)
-    input_ids, target = ids.masked_fill(asked, mask_id), ids.clone()
-    drawn = (torch.rand(ids.shape, generator=rng) * is_word).argmax(1, keepdim=True)
-    target[:, 0] = ids.gather(1, drawn)[:, 0]
-    asked[:, 0] = True
-    return input_ids, asked, target
+    Adds `places`, the indices of the K tokens asked for among all B * T, and `labels` (K,), what
+    stood there. `everywhere` makes places of all tokens, with label -100 at those not asked for: a
+    teacher has something to say there too. With cls_word [CLS] is asked for a word of its text,
+    drawn at random: else it would learn nothing, and the head reads there."""
+    ids = batch["input_ids"]
+    special = torch.tensor(special_ids(tokenizer))
+    draw = torch.rand(ids.shape, generator=generator)
+    draw[torch.isin(ids, special)] = 2
+    asked = draw <= max(rate, draw.min())  # one word at least
+    fate = torch.rand(ids.shape, generator=generator)
+    random_ids = torch.randint(tokenizer.get_vocab_size(), ids.shape, generator=generator)
+    hidden = ids.masked_fill(asked & (fate < 0.8), tokenizer.token_to_id("[MASK]"))
+    hidden = torch.where(asked & (fate >= 0.9), random_ids, hidden)
+    labels = ids.where(asked, -100)
+    if cls_word:
+        drawn = torch.rand(ids.shape, generator=generator) * (draw < 2)
+        labels[:, 0] = ids.gather(1, drawn.argmax(1, keepdim=True))[:, 0]
+    padded = batch["attention_mask"]
+    here = labels >= 0 if not everywhere else ids >= 0 if padded is None else padded > 0
+    places = here.flatten().nonzero()[:, 0]
+    return batch | {"input_ids": hidden, "places": places, "labels": labels.flatten()[places]}
+
+def special_ids(tokenizer):
+    ids = [tokenizer.token_to_id(token) for token in SPECIAL]
+    return [i for i in ids if i is not None]
 
 def copy_tokenizer(source, folder):
     """Copies the vocabulary of a model folder into another folder."""
@@ -368,6 +423,14 @@ def zip_predictions(paths):
 
 # What a mask file may unpack to, in all and a matrix. BERT-large has 302 and 4 million.
 MOST_WEIGHTS, LARGEST_MATRIX = 320_000_000, 8_000_000
+
+def save_int8(path, quantised):
+    """Writes {name: (int8 (out, in), scales (out, 1))} as name.weight and name.scale."""
+    tensors = {}
+    for name, (q, scale) in quantised.items():
+        tensors |= {f"{name}.weight": q.cpu(), f"{name}.scale": scale.cpu()}
+    with whole(path) as part:
+        safetensors.torch.save_file(tensors, part)
 
 def save_masks(path, masks, metadata):
     """Writes {name: mask} to a safetensors file, with metadata that JSON can hold. Of a matrix that

@@ -53,15 +53,23 @@ class MaskedLinear(nn.Module):
         self.register_buffer("mask", torch.ones_like(linear.weight).bool(), persistent=False)
         self.folded_weight = None  # a W' that does not change, see folded
         self.last_thresholds = []  # of the last two masks, see _brackets
+        self.int8 = False  # see fake_int8
 
     @property
     def weight(self):  # nn.MultiheadAttention reads this and never calls forward
         if self.folded_weight is not None:
             return self.folded_weight
-        return self.dense_weight * StraightThrough.apply(self.scores, self.mask)
+        return self.masked_weight(self.mask)
+
+    def masked_weight(self, mask):
+        W, M = self.dense_weight, StraightThrough.apply(self.scores, mask)
+        if not self.int8:
+            return W * M
+        # A frozen W is rounded before the mask: all tasks share its bytes.
+        return fake_int8(W * M) if W.requires_grad else fake_int8(W) * M
 
     def forward(self, x):  # (..., in) -> (..., out)
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(fake_int8(x) if self.int8 else x, self.weight, self.bias)
 
 def initial_scores(weight, init):
     """Scores to start from, float32, shaped like the weight. Raises ValueError for another init."""
@@ -196,12 +204,33 @@ def folded(layers, masks):
     """Inside, the layers use the given {name: mask}, multiplied into their weights only once. One
     frozen model serves any number of tasks: another task, another mask."""
     try:
-        for name, layer in layers.items():
-            layer.folded_weight = layer.dense_weight * masks[name].to(layer.dense_weight)
+        with torch.no_grad():
+            for name, layer in layers.items():
+                mask = masks[name].to(layer.dense_weight.device)
+                layer.folded_weight = layer.masked_weight(mask)
         yield
     finally:
         for layer in layers.values():
             layer.folded_weight = None
+
+# ---- Made of the same parts: a locked pattern, and 8 bits ------------------------------------
+def lock(layers):
+    """Prune Once For All (arXiv 2111.05754): the mask of a model that is sparse already is W != 0,
+    taken once. Its weights may train then: a zero gets the gradient dL/dW' * 0 = 0, and weight
+    decay makes 0 of it. So it stays a zero, for every task."""
+    for layer in layers.values():
+        layer.mask = layer.dense_weight.detach() != 0
+
+def to_int8(x):
+    """x (..., n) -> q int8 (..., n) from -127 to 127, and a scale a row (..., 1): x ~ q * scale."""
+    scale = (x.abs().amax(-1, keepdim=True).float() / 127).clamp_min(1e-12)
+    return (x / scale).round().to(torch.int8), scale
+
+def fake_int8(x):
+    """What 8 bits leave of x (..., n), straight-through like a mask. A row of W is an output and a
+    row of x a token: each has its own scale, taken on the spot, so there is none to learn."""
+    q, scale = to_int8(x.detach())
+    return StraightThrough.apply(x, q * scale)
 
 # ---- Schedule and loss (Eq. 5, 6, 7) --------------------------------------------------------
 def sparsity_at(step, ramp_steps, target):
@@ -226,8 +255,8 @@ def add_regularizer_gradient(scores, strength):
         s.grad.addcmul_(sigmoid, 1 - sigmoid, value=each)
 
 def task_loss(logits, labels):
-    """Logits (B, C), class numbers (B,) -> cross-entropy. For a regression, logits (B, 1) and float
-    labels (B,) -> squared error. A mean over the batch."""
+    """Logits (B, C), class numbers (B,) -> cross-entropy; -100 asks for nothing. For a regression,
+    logits (B, 1) and float labels (B,) -> squared error. A mean over the batch."""
     if labels.is_floating_point():
         return F.mse_loss(logits[:, 0], labels)
     return F.cross_entropy(logits, labels)

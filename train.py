@@ -27,8 +27,8 @@ import bert
 import data
 import smp
 
-# A method is three choices: where the scores come from, the rule that says how many weights of a
-# matrix stay (smp.RULES), and whether the weights train too.
+# A method is three choices: where the scores come from (or the mask), the rule that says how many
+# weights of a matrix stay (smp.RULES), and whether the weights train too.
 METHODS = {
     "smp-s":         ("learned",   "smp-s",     "frozen"),
     "smp-l":         ("learned",   "smp-l",     "frozen"),
@@ -38,13 +38,14 @@ METHODS = {
     "magnitude":     ("magnitude", "smp-l",     "trained"),
     "movement":      ("learned",   "smp-l",     "trained"),
     "soft-movement": ("learned",   "threshold", "trained"),
+    "lock":          ("zeros",     None,        "trained"),  # those that the model has
     "finetune":      (None,        None,        "trained"),  # dense
 }
 
 # ---- One run --------------------------------------------------------------------------------
 
 class TaskModel:
-    """A BERT with the label words of a task, from a model folder."""
+    """A BERT with the label words of a task, from a model folder. Task mlm asks for any word."""
 
     def __init__(self, folder, task, s):
         self.base, self.task, self.s = folder, task, s
@@ -62,6 +63,8 @@ class TaskModel:
         self.label_ids = data.label_ids(self.tokenizer, task.words).to(s.device)
 
     def encode(self, texts, labels):
+        if self.task.mlm:
+            return data.encode_corpus(self.tokenizer, texts, self.s.max_length)
         return data.encode(self.tokenizer, texts, labels, self.s.max_length)
 
     def encode_splits(self, names):
@@ -73,13 +76,17 @@ class TaskModel:
         return splits
 
     def logits(self, batch):
-        """A batch -> the logits of the label words (B, C), float32."""
+        """A batch -> the logits of the label words (B, C), of mlm those of all words at the K
+        places of the batch (K, vocabulary); float32."""
         names = ("input_ids", "attention_mask", "token_type_ids")
         inputs = [self.on_device(batch[name]) for name in names]
         device_type = torch.device(self.s.device).type
         with torch.autocast(device_type, torch.bfloat16, enabled=self.s.precision == "bf16"):
             hidden = self.model(*inputs)
-        # float32: bf16 rounds logits too coarsely.
+            if self.task.mlm:
+                hidden = hidden.flatten(0, 1)[self.on_device(batch["places"])]
+                return self.model.mlm_logits(hidden).float()
+        # float32: bf16 rounds the logits of two words too coarsely.
         return self.model.label_logits(hidden.float(), self.label_ids)
 
     def on_device(self, tensor):
@@ -104,6 +111,8 @@ class TaskModel:
     def evaluate(self, dev_sets):
         """{metric: value}; those of MNLI's second dev set begin with "mismatched_". "score", their
         mean, is what the best evaluation is chosen by."""
+        if self.task.mlm:
+            return self.evaluate_words(dev_sets["dev"])
         metrics = {}
         for split, examples in dev_sets.items():
             prefix = "mismatched_" if split == "dev_mismatched" else ""
@@ -111,37 +120,88 @@ class TaskModel:
             metrics |= {prefix + name: value for name, value in found.items()}
         return metrics | {"score": sum(metrics.values()) / len(metrics)}
 
+    @torch.inference_mode()
+    def evaluate_words(self, examples):
+        """The metrics of mlm, always at the same 15 % of the words. "score" is 1 / perplexity."""
+        was_training, generator = self.model.training, torch.Generator().manual_seed(0)
+        self.model.eval()
+        hits, loss, n = 0, 0.0, 0
+        for batch in data.batches(examples, 32):
+            batch = data.hide_words(batch, self.tokenizer, generator)
+            logits, labels = self.logits(batch), self.on_device(batch["labels"])
+            hits += (logits.argmax(1) == labels).sum().item()
+            loss += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+            n += len(labels)
+        self.model.train(was_training)
+        if not math.isfinite(loss):
+            raise FloatingPointError("nan or inf among the logits: the run has diverged")
+        return {"accuracy": hits / n, "perplexity": math.exp(min(loss / n, 700)),
+                "score": math.exp(-loss / n)}
+
 class Run(TaskModel):
     """One run: what is learned, from what data, and in `state` how far it has come."""
 
     def __init__(self, flags):
         s, self.out = settings_of(flags), Path(flags.out)  # n is not known yet
         task, folder = data.TASKS[s.task], bert.find_pretrained(s.model)
-        data.ensure(task, s.data)
+        if not task.mlm:
+            data.ensure(task, s.data)
         texts, labels = data.read_split(task, s.data, "train", s.limit)
         positions = bert.read_config(folder / "config.json").max_position_embeddings
         super().__init__(folder, task, settings_of(flags, len(texts), positions))
         self.train_set = self.encode(texts, labels)
         self.dev_sets = self.encode_splits(task.dev)
-        self.teacher_logits = self.ask_teacher() if s.teacher else None
+        self.teacher = self.load_teacher() if s.teacher else None
         torch.manual_seed(s.seed)
         self.make_learnable()
         # "logged": length and hash of the log at the last checkpoint.
         self.state = {"step": 0, "lam": self.s.lam, "best": None, "last": None, "logged": None}
 
-    def ask_teacher(self):
-        """The teacher's logits for the whole train set: without dropout they never change."""
+    def load_teacher(self):
         teacher = TaskModel(bert.find_pretrained(self.s.teacher), self.task, self.s)
         if teacher.tokenizer.get_vocab() != self.tokenizer.get_vocab():
             raise ValueError(f"--teacher {teacher.base}: its vocabulary is not that of {self.base};"
                              " expected a teacher fine-tuned from that model")
-        return torch.from_numpy(teacher.predict(self.train_set)).to(self.s.device)
+        if self.task.mlm and (teacher.model.mlm is None) != (self.model.mlm is None):
+            has = ["no MLM head, and {} has one", "an MLM head, and {} has none"]
+            raise ValueError(f"--teacher {teacher.base}: it has "
+                             + has[self.model.mlm is None].format(self.base))
+        # Without dropout its logits never change. Only mlm hides other words each time.
+        self.taught = None
+        if not self.task.mlm:
+            self.taught = torch.from_numpy(teacher.predict(self.train_set)).to(self.s.device)
+        return teacher
+
+    @torch.no_grad()
+    def ask_teacher(self, batch):
+        """The teacher's logits for a batch, None without a teacher."""
+        if self.teacher is None:
+            return None
+        if self.taught is None:
+            return self.teacher.logits(batch)
+        return self.taught[self.on_device(batch["index"])]
+
+    def batches(self):
+        """The batches of all steps that are still to do."""
+        s = self.s
+        return data.training_batches(self.train_set, s, self.state["step"],
+                                     self.hide_words if self.task.mlm else None)
+
+    def hide_words(self, batch, generator):
+        s = self.s
+        return data.hide_words(batch, self.tokenizer, generator, s.mlm_rate, s.mlm_cls,
+                               everywhere=bool(s.teacher))
 
     def make_learnable(self):
         """Sets up what is learned: the scores, the weights, both, or (a random mask) nothing."""
         s, model = self.s, self.model
         model.set_dropout(s.dropout)
-        self.layers = smp.prune(model, prunable(model), s.init) if s.scores_from else {}
+        masked = s.scores_from or s.int8
+        self.layers = smp.prune(model, prunable(model), s.init) if masked else {}
+        for layer in self.layers.values():
+            layer.int8 = s.int8
+        if s.scores_from == "zeros":
+            self.lock_zeros()
         self.scores = [layer.scores for layer in self.layers.values()]
         for scores in self.scores:
             scores.requires_grad_(s.scores_from == "learned")
@@ -158,13 +218,20 @@ class Run(TaskModel):
         self.optimizer = torch.optim.AdamW(groups, fused=True) if groups else None
         model.train()
 
+    def lock_zeros(self):
+        smp.lock(self.layers)
+        sparsity = data.sparsity_of({name: layer.mask for name, layer in self.layers.items()})
+        if sparsity < 0.01:
+            raise ValueError(f"{self.base}: {sparsity:.2%} of its weights are 0, nothing to lock; "
+                             "expected a sparse model (--task mlm --method magnitude makes one)")
+
     def set_masks(self):
         """Chooses the masks of this step, by the rule of the method."""
         s = self.s
         if s.scores_from == "magnitude":
             for layer in self.layers.values():  # the scores follow the weights that train
                 layer.scores.data.copy_(layer.dense_weight.detach().abs())
-        if self.layers:
+        if s.rule:
             sparsity = smp.sparsity_at(self.state["step"], s.ramp_steps, s.sparsity)
             smp.choose_masks(self.layers, sparsity, s.rule, s.tau)
 
@@ -174,9 +241,7 @@ class Run(TaskModel):
         self.set_masks()
 
         logits = self.logits(batch)  # each layer uses W' = W * M
-        labels, teacher_logits = self.on_device(batch["labels"]), None
-        if self.teacher_logits is not None:
-            teacher_logits = self.teacher_logits[self.on_device(batch["index"])]
+        labels, teacher_logits = self.on_device(batch["labels"]), self.ask_teacher(batch)
         loss = smp.objective(logits, labels, teacher_logits, s.temperature, s.teacher_weight)
         loss.backward()  # now scores.grad is dL/dW' * W
 
@@ -186,7 +251,8 @@ class Run(TaskModel):
             smp.add_regularizer_gradient(self.scores, self.state["lam"] * lam_ramp)
 
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, s.steps, group["peak"], group["warmup"])
+            peak, warmup = group["peak"], group["warmup"]
+            group["lr"] = learning_rate(step, s.steps, peak, warmup, s.hold_steps)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.state["step"] += 1
@@ -253,7 +319,7 @@ def train_loop(run, log, interrupts):
     state = run.state
     next_checkpoint = time.monotonic() + s.checkpoint_every
     with data.progress_bar(s.method, s.steps, state["step"]) as bar:
-        for batch in data.training_batches(run.train_set, s, state["step"]):
+        for batch in run.batches():
             loss = run.train_step(batch)
             last = state["step"] == s.steps
             evaluates = last or state["step"] % s.eval_every == 0
@@ -272,10 +338,12 @@ def train_loop(run, log, interrupts):
     if state["last"] is None:  # a random mask: there was nothing to learn
         log("eval", **run.evaluate_and_keep_best())
 
-def learning_rate(step, steps, peak, warmup_steps):
-    """It rises to the peak in warmup_steps, and falls linearly to 0 at the end of all steps."""
+def learning_rate(step, steps, peak, warmup_steps, hold_steps=0):
+    """It rises to the peak in warmup_steps, and falls linearly to 0 at the end of all steps; with
+    hold_steps from there on. This is what the learning-rate rewinding of Prune Once For All comes
+    to, which sets the rate back again and again while the sparsity grows."""
     rise = min((step + 1) / (warmup_steps + 1), 1)
-    return peak * rise * (1 - step / steps)
+    return peak * rise * (1 - max(step - hold_steps, 0) / (steps - hold_steps))
 
 def prunable(model):
     """The names of the six matrices of each layer: not the embeddings, not the head."""
@@ -283,12 +351,14 @@ def prunable(model):
             if name.startswith("layers.") and isinstance(module, nn.Linear)]
 
 def is_trained(name, s):
-    """Whether a weight trains: any of a dense model, of a pruned one those of its layers."""
+    """Whether a weight trains: any of a dense model, of a sparse one those of its layers."""
     if not s.trains_weights or name.endswith(".scores"):
         return False
     return s.scores_from is None or name.startswith("layers.")
 
 # ---- What a run leaves on disk --------------------------------------------------------------
+
+RESULTS = ("mask.safetensors", "int8.safetensors", "model/model.safetensors")
 
 def finished_run(flags):
     """The final record of a complete run in flags.out, for --resume; None if there is work to do.
@@ -298,7 +368,7 @@ def finished_run(flags):
     own = (out / "model").resolve()
     if own in (Path(s.model).resolve(), Path(s.teacher or "-").resolve()):
         raise ValueError(f"--out {out}: this run reads the model in it; give another")
-    results = ("metrics.jsonl", "mask.safetensors", "model/model.safetensors")
+    results = ("metrics.jsonl", *RESULTS)
     held = [name for name in results if (out / name).exists()]
     resumable = log or checkpoint.exists()
     if held and not s.overwrite and not (s.resume and resumable):
@@ -327,7 +397,7 @@ def begin(run):
     else:
         if earlier:
             print("resuming    there is no checkpoint yet: starting over")
-        for name in ("checkpoint.safetensors", "mask.safetensors", "model/model.safetensors"):
+        for name in ("checkpoint.safetensors", *RESULTS):
             (run.out / name).unlink(missing_ok=True)
     log = data.Log(path, run.state["logged"])
     if not run.state["logged"]:
@@ -341,9 +411,11 @@ def finish(run, log):
     if run.layers:
         masks = data.load_masks(run.out / "mask.safetensors")[0]
     kept, total = data.kept_and_total(masks)
-    new_bits = total  # a bit for each prunable weight
+    new_bits = total if run.s.rule else 0  # a bit for each prunable weight
     if run.s.trains_weights:
-        new_bits += 32 * (run.n_trained - (total - kept))  # what is pruned is not shipped
+        new_bits += 32 * (run.n_trained - total) + (8 if run.s.int8 else 32) * kept
+        if run.s.int8:  # a scale a row
+            new_bits += 32 * sum(len(mask) for mask in masks.values())
     best, last = run.state["best"], run.state["last"]
     final = {"metrics": best["metrics"], "best": best, "last": last, "frozen_unchanged": True,
              "kept": kept, "total": total, "new_bits": new_bits}
@@ -355,13 +427,15 @@ def finish(run, log):
 
 def check_frozen(run):
     """Raises RuntimeError if a tensor that the method freezes is not the checkpoint's, bit for bit,
-    whatever its requires_grad says."""
+    whatever its requires_grad says; or if a zero that was locked is none any more."""
     before = bert.load_pretrained(run.base).state_dict()
+    locked = [f"{name}.weight" for name in run.layers if run.s.scores_from == "zeros"]
     for name, tensor in plain_state(run.model).items():
-        same = torch.equal(tensor.cpu(), before[name])
-        if not same and not is_trained(name, run.s):
-            raise RuntimeError(f"{run.out}: {name} was to stay frozen and has changed; "
-                               "do not use what is in this folder")
+        now, then = tensor.cpu(), before[name]
+        moved = not torch.equal(now, then) and not is_trained(name, run.s)
+        if moved or (name in locked and now[then == 0].any()):
+            raise RuntimeError(f"{run.out}: {name} was to stay {'zero' if not moved else 'frozen'} "
+                               "and has changed; do not use what is in this folder")
 
 def plain_state(model):
     """The state dict of a model as if it had no masks."""
@@ -386,23 +460,27 @@ def save_result(run, masks):
     if Path(name).is_dir():
         name = Path(name).resolve().name  # where it lies is of no use to others
     if s.trains_weights:
-        name, baked = "model", bake_masks(run.model, masks, run.base)  # see find_base
+        weights = {name: layer.dense_weight * layer.mask for name, layer in run.layers.items()}
+        name, baked = "model", bake(run.model, weights, run.base)  # see find_base
         save_model(run.out / "model", baked, run.base)
+        if s.int8:
+            data.save_int8(run.out / "int8.safetensors",
+                           {name: smp.to_int8(weight) for name, weight in weights.items()})
         belongs_to = fingerprint(baked, run.tokenizer)  # the model that is shipped with the mask
     if masks:
-        local = ("model", "data", "out", "teacher", "device")
+        local = ("model", "data", "corpus", "out", "teacher", "device")
         settings = {key: value for key, value in recorded(s).items() if key not in local}
         data.save_masks(run.out / "mask.safetensors", masks, {
             "task": s.task, "method": s.method, "base": name, "fingerprint": belongs_to,
             "label_words": run.task.words, "settings": settings, **run.state["best"],
             "kept": {name: int(mask.count_nonzero()) for name, mask in masks.items()}})
 
-def bake_masks(model, masks, base):
-    """A Bert with ordinary linears: the weights of `model`, zeros where the masks have them."""
+def bake(model, weights, base):
+    """A Bert with ordinary linears: `model` with the given {name: weight} in its layers."""
     baked = bert.load_pretrained(base)
     baked.load_state_dict(plain_state(model))
-    for name, mask in masks.items():
-        baked.get_submodule(name).weight.data.mul_(mask.cpu())
+    for name, weight in weights.items():
+        baked.get_submodule(name).weight.data.copy_(weight)
     return baked
 
 def save_model(folder, model, tokenizer_from):
@@ -484,8 +562,9 @@ class MaskFile(TaskModel):
             raise ValueError(f"{path}: a mask for {name}; --task asks for {flags.task}")
         log = data.read_log(Path(path).parent / "metrics.jsonl")  # of its run, if that is here
         folder = self.find_base(flags.model, log)
-        place = flags.data or settings_of(flags).data
-        if log and not flags.data:
+        given = flags.corpus if name == "mlm" else flags.data
+        place = given or settings_of(flags).data
+        if log and not given:
             place = log[0]["data"]
         length = settings.get("max_length")
         precision = settings.get("precision")
@@ -496,6 +575,8 @@ class MaskFile(TaskModel):
                                precision=precision)
         super().__init__(folder, data.TASKS[name], s)
         self.layers = smp.prune(self.model, prunable(self.model))
+        for layer in self.layers.values():
+            layer.int8 = settings.get("int8") is True
         shapes = {name: tuple(layer.scores.shape) for name, layer in self.layers.items()}
         self.masks = data.load_masks(path, shapes)[0]
         if self.metadata["fingerprint"] != self.fingerprint:
@@ -512,9 +593,8 @@ class MaskFile(TaskModel):
             raise ValueError(f"{self.path}: made for {base}; say with --model where that is")
         return bert.find_pretrained(given or log[0]["model"])
 
-    def predict(self, examples):
-        with smp.folded(self.layers, self.masks):
-            return super().predict(examples)
+    def folded(self):
+        return smp.folded(self.layers, self.masks)
 
 def evaluate_masks(flags):
     """--eval: the metrics on dev, {path: metrics}. --export: also the pruned model, as an ordinary
@@ -526,14 +606,20 @@ def evaluate_masks(flags):
             raise ValueError(f"--export {folder}: the base of the mask; give another folder")
         if flags.export and (folder / "model.safetensors").exists() and not flags.overwrite:
             raise FileExistsError(f"{folder}: holds a model; give --overwrite, or another one")
-        metrics = results[path] = mask.evaluate(mask.encode_splits(mask.task.dev))
+        with mask.folded():
+            metrics = results[path] = mask.evaluate(mask.encode_splits(mask.task.dev))
         name, sparsity = mask.metadata["task"], data.sparsity_of(mask.masks)
         print(f"{path}: {name}, sparsity {sparsity:.4f}, {format_metrics(metrics)}")
         if metrics != mask.metadata.get("metrics"):
             print("note: its run recorded other numbers; is it other data, device or threads?")
         if flags.export:
-            save_model(folder, bake_masks(mask.model, mask.masks, mask.base), mask.base)
+            with mask.folded():
+                weights = {name: layer.weight for name, layer in mask.layers.items()}
+                save_model(folder, bake(mask.model, weights, mask.base), mask.base)
             print(f"{path} -> {folder}/: {mask.base} with zeros where the mask has them")
+            if mask.metadata["settings"].get("int8"):
+                print("note        its weights are the rounded ones; their inputs are rounded "
+                      "here, not there")
     return results
 
 def predict_masks(flags):
@@ -542,6 +628,8 @@ def predict_masks(flags):
     out, found = Path(flags.out or "predictions"), {}
     for path in flags.predict:
         mask = MaskFile(path, flags)
+        if mask.task.mlm:
+            raise ValueError(f"{path}: a mask for mlm; a language model has no labels to predict")
         for split, examples in mask.encode_splits(mask.task.test).items():
             file = out / data.prediction_name(mask.task, split)
             if file in found:
@@ -549,7 +637,8 @@ def predict_masks(flags):
                                  "one file a task")
             if file.exists() and not flags.overwrite:
                 raise FileExistsError(f"{file}: exists; give --overwrite, or another --out")
-            found[file] = path, mask.task, mask.predict(examples)
+            with mask.folded():
+                found[file] = path, mask.task, mask.predict(examples)
     for file, (path, task, logits) in found.items():
         data.write_predictions(file, task, logits)
         print(f"{path} -> {file} ({len(logits):,} lines)")
@@ -559,9 +648,10 @@ def predict_masks(flags):
 # ---- What a person sees ---------------------------------------------------------------------
 
 def format_metrics(metrics):
-    """Metrics in words; "score", the mean of the others, only where there are several."""
+    """Metrics in words; "score" only where it is the mean of several."""
+    says_more = len(metrics) > 2 and "perplexity" not in metrics
     return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()
-                     if name != "score" or len(metrics) > 2)
+                     if name != "score" or says_more)
 
 def show_progress(bar, run, loss):
     masks = {name: layer.mask for name, layer in run.layers.items()}
@@ -576,13 +666,16 @@ def introduce(run):
     print(textwrap.fill(f"settings    {settings}", 100, subsequent_indent=" " * 12,
                         break_long_words=False, break_on_hyphens=False))
     text = run.tokenizer.decode(run.train_set.ids[0], skip_special_tokens=False)
-    label = run.train_set.labels[0]
-    answer = label if run.task.regression else run.task.words[label]
+    answer, asked, at = "the words that are hidden", "all words", "the token"
+    if not run.task.mlm:
+        answer, asked, at = run.train_set.labels[0], "label words", "[CLS]"
+    if run.train_set.labels is not None and not run.task.regression:
+        answer = run.task.words[answer]
     print(f"example     {data.printable(text)} -> {answer}")
-    head = "dot product of [CLS] and their embeddings (the model has no MLM head)"
+    head = f"dot product of {at} and their embeddings (the model has no MLM head)"
     if run.model.mlm:
         head = "the MLM transform and their rows of the decoder"
-    print(f"head        label words: {head}")
+    print(f"head        {asked}: {head}")
     scores = sum(x.numel() for x in run.scores)
     weights = sum(p.numel() for p in run.model.parameters()) - scores
     frozen = weights - run.n_trained
@@ -600,15 +693,21 @@ def report(run, final, masks):
         print(data.density_table(masks))
         sparsity = 1 - final["kept"] / final["total"]
         print(f"\nkept {final['kept']:,} of {final['total']:,} weights: sparsity {sparsity:.6f}")
-        cost.append("one bit for each prunable weight")
         files.append(f"{mask} ({mask.stat().st_size:,} bytes)")
-    if run.s.trains_weights:
+    if run.s.rule:
+        cost.append("one bit for each prunable weight")
+    if run.s.trains_weights and run.s.int8:
+        cost.append("8 for each weight that is kept, 32 for each row's scale, bias and LayerNorm")
+    elif run.s.trains_weights:
         cost.append("32 for each weight that is kept, each bias and LayerNorm")
+    if run.s.trains_weights:
         files.append(f"{run.out}/model/")
     print(f"last   epoch {last['epoch']:<5.4g} {format_metrics(last['metrics'])}")
     print(f"best   epoch {best['epoch']:<5.4g} {format_metrics(best['metrics'])}"
           "   <- saved; chosen on dev itself, so a little flattering")
     print("frozen tensors: every one bit-identical to the checkpoint")
+    if run.s.scores_from == "zeros":
+        print("locked zeros: every one still zero")
     print(f"new parameters for this task: {final['new_bits']:,} bits, "
           f"{final['new_bits'] / 8e6:.2f} MB ({', '.join(cost)})")
     print(f"{final['seconds']:.0f} s, {final['peak_mb']:,} MB at most;", ", ".join(files))
@@ -624,34 +723,22 @@ def prepare_demo(folder):
         pretrain(folder)
 
 def pretrain(folder):
-    """Masked language modelling (MLM) from scratch: folder/corpus.txt -> folder/model."""
-    s, peak = argparse.Namespace(epochs=2, batch_size=64, seed=0), 4e-4
-    torch.manual_seed(s.seed)
-    rng = torch.Generator().manual_seed(s.seed)
+    """A BERT from random weights by the task mlm: folder/corpus.txt -> folder/model."""
     tokenizer = data.load_tokenizer(folder)
-    texts = (folder / "corpus.txt").read_text("utf-8").splitlines()
-    corpus = data.encode(tokenizer, texts, None, 64)
+    torch.manual_seed(0)
     model = bert.Bert(bert.Config(
         vocab_size=tokenizer.get_vocab_size(), hidden_size=256, num_hidden_layers=2,
         num_attention_heads=4, intermediate_size=1024, max_position_embeddings=128))
-    model.set_dropout(0)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    steps = s.epochs * math.ceil(len(corpus) / s.batch_size)
-    with data.progress_bar("pre-training", steps) as bar:
-        for step, batch in enumerate(data.training_batches(corpus, s)):
-            mlm_loss(model, batch, tokenizer.token_to_id("[MASK]"), rng).backward()
-            optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak, steps // 10)
-            optimizer.step()
-            optimizer.zero_grad()
-            bar.update()
-    save_model(folder / "model", model, folder)
+    save_model(folder / "random", model, folder)
+    flags = ["--task=mlm", "--mlm-rate=0.3", "--mlm-cls", f"--corpus={folder}/corpus.txt",
+             "--method=finetune", f"--model={folder}/random", f"--out={folder}", "--resume",
+             "--epochs=2", "--batch-size=64", "--weight-lr=4e-4", "--dropout=0"]
+    train_silently(parse_flags(flags))
 
-def mlm_loss(model, batch, mask_id, rng):
-    """The cross-entropy of one batch at its hidden words and at [CLS], which must name one word of
-    its sentence: else [CLS] would learn nothing, and the head reads it."""
-    input_ids, asked, target = data.hide_words(batch["input_ids"], mask_id, rng)
-    states = model(input_ids, batch["attention_mask"])
-    return nn.functional.cross_entropy(model.mlm_logits(states[asked]), target[asked])
+def train_silently(flags):
+    flags.seed = 0
+    with contextlib.redirect_stdout(io.StringIO()):
+        return finished_run(flags) or train(flags)
 
 def compare(flags, learned):
     """Prints what the learned mask is worth, beside other things to do with the same weights."""
@@ -676,12 +763,11 @@ def compare(flags, learned):
     rows["the learned mask"] = learned["last"]["metrics"]["accuracy"]
     # The same for every mask: trained once and kept.
     out = f"{s.data}/dense-{s.precision}-{s.max_length}-{frozen.fingerprint[:8]}"
-    flags = parse_flags(["--method=finetune", "--epochs=2", "--weight-lr=5e-4", "--dropout=0"])
+    flags = parse_flags(["--method=finetune", "--epochs=2", "--weight-lr=5e-4"])
     for name in ("data", "model", "device", "precision", "max_length"):
         setattr(flags, name, getattr(s, name))
-    flags.resume, flags.out, flags.seed = True, out, 0
-    with contextlib.redirect_stdout(io.StringIO()):
-        dense = finished_run(flags) or train(flags)
+    flags.resume, flags.out = True, out
+    dense = train_silently(flags)
     rows["dense fine-tuning, every weight trained"] = dense["last"]["metrics"]["accuracy"]
     print(f"\naccuracy on dev; the three masks remove {sparsity:.0%} of the weights, change none")
     for what, value in rows.items():
@@ -711,7 +797,8 @@ def settings_of(flags, n=None, positions=512):
     demo = s.task == "demo"
     if demo and not (s.out or s.resume):
         s.overwrite = True  # a demo is there to be run again
-    default(data="demo" if demo else "glue", max_length=min(128, positions),
+    mlm = s.task == "mlm"
+    default(data="demo" if demo else s.corpus or "glue", max_length=min(128, positions),
             precision="bf16" if s.device.startswith("cuda") else "fp32")
     default(model=f"{s.data}/model" if demo else "bert-base-uncased")
 
@@ -720,15 +807,19 @@ def settings_of(flags, n=None, positions=512):
     default(sparsity=0.0 if s.rule in (None, "threshold") else 0.9, ramp=0.5 if s.rule else 0.0)
     keeps_most = s.sparsity <= 0.5 and s.rule != "threshold"
     # A network that keeps half of its weights can overfit by its choice; one with a tenth cannot.
+    if demo and s.trains_weights:  # what is trained on a made-up language need not generalise far
+        default(dropout=0.0)
     default(dropout=0.1 if s.trains_weights or s.paper else 0.2 if keeps_most else 0.0)
     if s.scores_from == "learned":
         default(lr=2e-2, init="zero" if demo or s.paper else "magnitude")
         if s.lam is None and s.pull is None:
             default(lam=400.0) if s.paper else default(pull=0.2 if demo else 1.0)
     else:
-        default(init=s.scores_from, lam=0.0)
+        default(init=s.scores_from if s.rule else "zero", lam=0.0)
     if s.trains_weights:
-        default(weight_lr=3e-5)
+        default(weight_lr=1e-3 if demo else 1e-4 if s.method == "lock" else 5e-5 if mlm else 3e-5)
+    if mlm:
+        default(mlm_rate=0.15)
     if s.teacher:
         default(temperature=2.0, teacher_weight=0.5)
     if s.rule == "threshold":
@@ -737,24 +828,25 @@ def settings_of(flags, n=None, positions=512):
         return s
 
     large = n > 10_000
-    default(epochs=3 if demo else 12 if large else 60 if n >= 3_000 else 100)
+    default(epochs=3 if demo or mlm else 12 if large else 60 if n >= 3_000 else 100)
     s.epochs = 0 if s.scores_from == "random" else s.epochs
     if s.batch_size is None:
         s.batch_size = 64 if large else 32
         # A step moves a score by about lr, whatever the batch: 1,500 steps at least, if possible.
-        if not (demo or s.paper or keeps_most):
+        if not (demo or mlm or s.paper or keeps_most):
             while s.batch_size > 16 and s.epochs * n < 1500 * s.batch_size:
                 s.batch_size //= 2
     s.epoch_steps = math.ceil(n / s.batch_size)
     s.steps = s.epochs * s.epoch_steps
     s.ramp_steps = round(s.ramp * s.steps)
+    s.hold_steps = s.ramp_steps if mlm and s.method == "magnitude" else 0
     default(eval_every=s.epoch_steps)
     return s
 
 def useless_flags(flags):
     """Yields (flags, why) for those that would have no effect in this mode or with this method."""
     if flags.eval or flags.predict:
-        useful = "task model data device debug overwrite "
+        useful = "task model data corpus device debug overwrite "
         useful += "eval export" if flags.eval else "predict out"
         yield set(vars(flags)).difference(useful.split()), "a mask brings its settings"
     if len(flags.eval or ()) != 1:
@@ -766,10 +858,16 @@ def useless_flags(flags):
     if flags.eval or flags.predict:
         return
     s = settings_of(flags)
+    if s.task != "mlm":
+        yield ["corpus", "mlm_rate", "mlm_cls"], "they are for --task mlm"
+    else:
+        yield ["data"], "the texts are in --corpus"
     if s.scores_from != "learned":
         yield ["lr", "init", "lam", "pull", "paper"], f"--method {s.method} learns no scores"
     if s.scores_from is None:
         yield ["sparsity", "ramp"], f"--method {s.method} removes nothing"
+    if s.scores_from == "zeros":
+        yield ["sparsity", "ramp"], f"--method {s.method} keeps the zeros of the model"
     if s.scores_from == "random":
         learning = "epochs batch_size eval_every ramp dropout teacher checkpoint_every"
         yield learning.split(), f"--method {s.method} learns nothing"
@@ -818,6 +916,7 @@ FLAGS = {  # group: flag, kind, what it does. The defaults are decided in settin
         ("--sparsity", number(0, 0.9999), "fraction of the weights to REMOVE (default: 0.9)"),
         ("--model", TEXT, "model folder, or name on the hub (default: bert-base-uncased)"),
         ("--teacher", TEXT, "a fine-tuned model to distil from"),
+        ("--corpus", TEXT, "for --task mlm: a text file, a text a line; 5 %% are held out"),
     ],
     "where": [
         ("--data", TEXT, "folder of GLUE's task folders, fetched if missing (default: glue)"),
@@ -849,6 +948,9 @@ FLAGS = {  # group: flag, kind, what it does. The defaults are decided in settin
         ("--tau", SHARE, "the threshold rule keeps where sigmoid(S) > tau (default: 0.1)"),
         ("--temperature", number(1e-3), "of the distillation (default: 2)"),
         ("--teacher-weight", SHARE, "of the distillation, against the task's (default: 0.5)"),
+        ("--int8", YES, "linear layers of the encoder in 8 bits (simulated)"),
+        ("--mlm-rate", SHARE, "share of the words that mlm asks for (default: 0.15)"),
+        ("--mlm-cls", YES, "mlm also asks [CLS] for a word of its text"),
         ("--max-length", number(4, kind=int), "longest input, in tokens (default: 128)"),
     ],
     "the machine": [
@@ -874,6 +976,8 @@ def parse_flags(argv):
     for names, why in useless_flags(flags):
         for name in given.intersection(names):
             p.error(f"{flag_of(name)} has no effect here: {why}")
+    if flags.task == "mlm" and not (flags.corpus or flags.eval or flags.predict):
+        p.error("--task mlm needs --corpus FILE")
     if len(set(flags.seed or ())) < len(flags.seed or ()):
         p.error("--seed: the same seed twice")
     return flags
@@ -885,7 +989,8 @@ def run_seeds(flags):
     """A run for each seed. Returns the final record, or of several the mean and spread of their
     metrics. What to report is the mean of `last`: `best` was chosen on dev itself."""
     s = settings_of(flags)
-    out = s.out or f"runs/{s.task}-{s.method}-{s.sparsity:g}"
+    parts = [s.task, s.method, f"{s.sparsity:g}" if s.sparsity else "", "int8" if s.int8 else ""]
+    out = s.out or "runs/" + "-".join(filter(None, parts))
     each, alone = [], s.out and len(s.seed) == 1
     for seed in s.seed:
         own = {"seed": seed, "out": out if alone else f"{out}-s{seed}", "overwrite": s.overwrite}
