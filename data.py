@@ -166,7 +166,7 @@ def _check_line(place, fields, expected):
 
 def _check_text(place, text):
     if "\0" in text or len(text) > LONGEST_FIELD:
-        raise ValueError(f"{place}: a NUL byte, or over {LONGEST_FIELD:,} characters in a field; "
+        raise ValueError(f"{place}: a NUL byte, or over {LONGEST_FIELD:,} characters in one text; "
                          "get the file again")
 
 def _parse_label(task, string, place):
@@ -324,10 +324,9 @@ def hide_words(batch, tokenizer, generator, rate=0.15, cls_word=False, everywher
     """Masked language modelling: asks for a share of a batch's words, never for a special token. Of
     the words asked for, 80 % become [MASK], 10 % a random token, 10 % stay.
 
-    Adds `places`, the indices of the K tokens asked for among all B * T, and `labels` (K,), what
-    stood there. `everywhere` makes places of all tokens, with label -100 at those not asked for: a
-    teacher has something to say there too. With cls_word [CLS] is asked for a word of its text,
-    drawn at random: else it would learn nothing, and the head reads there."""
+    Adds `places`, the indices of K tokens among the B * T, and `labels` (K,), what stood there.
+    `everywhere` adds the other tokens too, with label -100: a teacher is heard there. `cls_word`
+    asks [CLS] for a random word of its text; else it learns little, and the head reads there."""
     ids = batch["input_ids"]
     special = torch.tensor(special_ids(tokenizer))
     draw = torch.rand(ids.shape, generator=generator)
