@@ -322,14 +322,17 @@ def _read_tensors(path):
         state[ours], found_as[ours] = tensor, name
     return state, found_as
 
-def save_pretrained(model, folder):
-    """The reverse of load_pretrained: writes config.json and model.safetensors in the layout and
-    under the names that Hugging Face's BertForMaskedLM (BertModel without an MLM head) reads."""
-    folder = Path(folder)
+def save_config(model, folder):
     folder.mkdir(parents=True, exist_ok=True)
     config = dataclasses.asdict(model.config) | {"model_type": "bert", "hidden_act": "gelu"}
     config["architectures"] = ["BertModel" if model.mlm is None else "BertForMaskedLM"]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+def save_pretrained(model, folder):
+    """The reverse of load_pretrained: writes config.json and model.safetensors in the layout and
+    under the names that Hugging Face's BertForMaskedLM (BertModel without an MLM head) reads."""
+    folder = Path(folder)
+    save_config(model, folder)
     state = {hf_name(name): tensor.detach().cpu().contiguous()
              for name, tensor in model.state_dict().items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})

@@ -313,7 +313,9 @@ def training_batches(encoded, s, step=0, change=None):
     too."""
     epoch, done = divmod(step, math.ceil(len(encoded) / s.batch_size))
     for number in range(epoch, s.epochs):
-        generator = torch.Generator().manual_seed(s.seed + (number << 32))
+        # No sum: the generator takes 32 bits, and seed 1 must not begin where seed 0 goes on.
+        mixed = np.random.SeedSequence((s.seed, number)).generate_state(1)
+        generator = torch.Generator().manual_seed(int(mixed[0]))
         found = batches(encoded, s.batch_size, generator)
         if change:
             found = (change(batch, generator) for batch in found)
@@ -505,14 +507,60 @@ def _read_mask_header(path):
             raise ValueError(f"format is {header.get('format')!r}; expected 'smp-mask-2'")
         shapes, inverted, metadata = [json.loads(header[key])
                                       for key in ("shapes", "inverted", "metadata")]
-        shapes = {name: tuple(shape) for name, shape in shapes.items()}
-        sizes = [size for shape in shapes.values() for size in shape]
-        if any(type(size) is not int or size < 0 for size in sizes):
-            raise ValueError("its shapes are no sizes")
-        weights = [0, *(math.prod(shape) for shape in shapes.values())]
-        if sum(weights) > MOST_WEIGHTS or max(weights) > LARGEST_MATRIX:
-            raise ValueError(f"over {MOST_WEIGHTS:,} weights in all, or {LARGEST_MATRIX:,} in one")
+        shapes = _checked_shapes(shapes)
     return shapes, inverted, metadata
+
+def _checked_shapes(shapes):
+    shapes = {name: tuple(shape) for name, shape in shapes.items()}
+    sizes = [size for shape in shapes.values() for size in shape]
+    if any(type(size) is not int or size < 0 for size in sizes):
+        raise ValueError("its shapes are no sizes")
+    weights = [0, *(math.prod(shape) for shape in shapes.values())]
+    if sum(weights) > MOST_WEIGHTS or max(weights) > LARGEST_MATRIX:
+        raise ValueError(f"over {MOST_WEIGHTS:,} weights in all, or {LARGEST_MATRIX:,} in one")
+    return shapes
+
+def save_sparse(path, state, scales, metadata):
+    """Writes {name: tensor} small. Of a tensor that is mostly zeros only the others are written,
+    and their places as in a mask file. One with a scale (rows, 1) is a multiple of it, in int8."""
+    stored, shapes = {}, {}
+    for name, tensor in state.items():
+        tensor = tensor.detach().cpu()
+        if name in scales:
+            stored[f"{name}:scale"] = scales[name].cpu()
+            tensor = (tensor / scales[name].cpu()).round().to(torch.int8)
+        if 2 * tensor.count_nonzero() < tensor.numel():
+            shapes[name] = list(tensor.shape)
+            stored[f"{name}:places"] = torch.tensor(encode_gaps(tensor.numpy()))
+            tensor = tensor[tensor != 0]
+        stored[name] = tensor.contiguous()
+    header = {"format": "smp-sparse-1", "shapes": json.dumps(shapes), **metadata}
+    with whole(path) as part:
+        safetensors.torch.save_file(stored, part, metadata=header)
+
+def load_sparse(path):
+    """The reverse of save_sparse: ({name: float32 tensor}, metadata). Raises ValueError."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; --eval MASK --export DIR --sparse makes it")
+    with reading(path, "a small model"), safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("format") != "smp-sparse-1":
+            raise ValueError(f"format is {metadata.get('format')!r}; expected 'smp-sparse-1'")
+        shapes, state = _checked_shapes(json.loads(metadata["shapes"])), {}
+        names = set(file.keys())
+        for name in sorted(name for name in names if ":" not in name):
+            tensor = file.get_tensor(name)
+            if name in shapes:
+                packed = file.get_tensor(f"{name}:places").numpy()
+                places = torch.from_numpy(decode_gaps(packed, math.prod(shapes[name])))
+                tensor = tensor.new_zeros(len(places)).masked_scatter(places, tensor)
+                tensor = tensor.view(shapes[name])
+            if f"{name}:scale" in names:
+                tensor = tensor * file.get_tensor(f"{name}:scale")
+            if not tensor.isfinite().all():
+                raise ValueError(f"nan or inf in {name}")
+            state[name] = tensor.float()
+    return state, metadata
 
 def kept_and_total(masks):
     """(weights kept, weights in all), counted from the masks themselves."""

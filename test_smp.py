@@ -13,6 +13,7 @@
 `pytest` needs neither network, nor weights, nor transformers: what does is skipped, and says so.
 """
 
+import argparse
 import contextlib
 import http.server
 import importlib.util
@@ -652,6 +653,40 @@ def test_balanced_lambda_measures_the_pull_in_task_gradients(pull, scale, seed):
         added, (pull * task.square().mean().sqrt()).expand_as(added), rtol=1e-3, atol=1e-5 * scale
     )
 
+# ---- zeros that are skipped
+
+@given(st.integers(1, 40), st.integers(1, 40), st.lists(st.integers(1, 4), max_size=3),
+       st.sampled_from([0.0, 0.05, 0.5, 1.0]), st.booleans(), st.integers(0, 99))
+def test_a_sparse_product_is_the_dense_one(out, into, shape, kept, has_bias, seed):
+    """For x of any shape, rows that are empty, no weight at all and all of them."""
+    torch.manual_seed(seed)
+    W, x = torch.randn(out, into) * (torch.rand(out, into) < kept), torch.randn(*shape, into)
+    bias = torch.randn(out) if has_bias else None
+    found = smp.SparseProduct(W).sparse(x, W, bias)
+    assert found.shape == (*shape, out)
+    torch.testing.assert_close(found, F.linear(x, W, bias), rtol=1e-4, atol=1e-5)
+
+def test_the_faster_product_is_taken():
+    W, x = torch.randn(4, 8), torch.randn(3, 8)
+    product = smp.SparseProduct(W)
+    calls = []
+    product.sparse = lambda *inputs: calls.append(time.sleep(0.02)) or F.linear(*inputs)
+    product(x, W, None)
+    assert calls and product.faster == {5: F.linear}  # 24 numbers
+    calls.clear()
+    product(x, W, None)
+    assert not calls  # measured once
+    product(torch.randn(300, 8), W, None)
+    assert len(product.faster) == 2 and calls  # and once for each size
+
+def test_folding_leaves_a_layer_as_it_was():
+    layers = smp.prune(nn.Sequential(nn.Linear(3, 2)), ["0"])
+    masks = {"0": torch.tensor([[True, False, False], [False, False, False]])}
+    with contextlib.suppress(KeyError), smp.folded(layers, masks, sparse=True):
+        assert isinstance(layers["0"].product, smp.SparseProduct)
+        raise KeyError
+    assert layers["0"].product is F.linear and layers["0"].folded_weight is None
+
 # ---- a locked pattern, and 8 bits
 
 TINY = [0.0, -0.0, 1e-45, -1e-40, 1e-38, 1e30]  # zeros of both signs, denormals, a large one
@@ -689,7 +724,8 @@ ROWS = st.lists(st.lists(st.floats(-1e4, 1e4, width=32), min_size=4, max_size=4)
 def test_eight_bits_are_a_rounding(rows):
     x = torch.tensor(rows)
     q, scale = smp.to_int8(x)
-    assert q.dtype == torch.int8 and q.abs().max() <= 127 and scale.shape == (len(x), 1)
+    assert q.dtype == torch.int8 and scale.shape == (len(x), 1)
+    assert (q.abs().amax(1)[x.abs().amax(1) > 1e-9] == 127).all()  # the whole range is used
     rounded = smp.fake_int8(x)
     assert torch.equal(rounded, q * scale)
     assert ((rounded - x).abs() <= 0.5001 * scale).all()
@@ -1213,6 +1249,15 @@ def test_batches_hold_every_example_once(lengths, size, seed):
         for row, i in enumerate(batch["index"].tolist()):
             assert batch["input_ids"][row].tolist() == encoded.ids[i] + [0] * (longest - lengths[i])
             assert not padded or batch["attention_mask"][row].sum() == lengths[i]
+
+def test_every_epoch_and_every_seed_has_an_order_of_its_own():
+    encoded = data.Encoded([[2, i, 3] for i in range(40)], [[0, 0, 0]] * 40, np.arange(40))
+    orders = set()
+    for seed in range(3):
+        s = argparse.Namespace(epochs=4, batch_size=40, seed=seed)
+        for batch in data.training_batches(encoded, s):
+            orders.add(tuple(batch["index"].tolist()))
+    assert len(orders) == 12
 
 def test_batches_are_neighbours_in_length_and_shuffled():
     lengths = torch.randint(5, 60, (3200,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -1797,7 +1842,7 @@ def test_wrong_flags_end_in_one_line(world, capsys, flags, message, monkeypatch)
     "--teacher-weight 0.5", "--temperature 2", "--method magnitude --lr 1",
     "--method random --epochs 3", "--method threshold --sparsity 0.5", "--method finetune --ramp 0",
     "--method movement --tau 0", "--eval m --precision bf16", "--eval m --max-length 9",
-    "--predict m --sparsity 0.5", "--predict m --export x", "--eval m --out x",
+    "--predict m --sparsity 0.5", "--predict m --export x", "--eval m --out x", "--sparse",
 ])
 def test_a_flag_without_an_effect_is_refused(capsys, flags):
     def run(*flags):
@@ -2336,6 +2381,132 @@ def test_a_log_file_gets_a_line_every_half_minute(capsys):
     assert bar.mininterval == 30
     bar.close()
 
+# ---- small and fast
+
+@pytest.fixture
+def always_sparse(monkeypatch):
+    """No measuring: every product skips its zeros."""
+    monkeypatch.setattr(smp.SparseProduct, "__call__", smp.SparseProduct.sparse)
+
+def test_zeros_are_skipped_at_work(world, capsys, always_sparse):
+    final = world("--sparsity", "0.9")
+    mask, glue = str(world.folder / "run/mask.safetensors"), str(world.folder / "glue")
+    given = ["--data", glue, "--device", "cpu", "--sparse"]
+    assert train.main(["--eval", mask, *given])[mask] == final["metrics"]
+    output = capsys.readouterr().out
+    assert output.count("zeros are skipped in 12 of 12 matrices") == 2  # 1 and 32 at a time
+    differences = [float(line.split("logits differ by")[1]) for line in output.splitlines()
+                   if "logits differ by" in line]
+    assert all(0 < difference < 1e-4 for difference in differences)
+
+def test_sparse_products_are_in_float32(world):
+    world("--precision", "bf16", "--epochs", "1")
+    for flags, precision in (([], "bf16"), (["--sparse"], "fp32")):
+        flags = train.parse_flags(["--data", str(world.folder / "glue"), "--eval", "m",
+                                   "--device", "cpu", *flags])
+        mask = train.MaskFile(world.folder / "run/mask.safetensors", flags)
+        assert mask.s.precision == precision
+
+def test_predictions_are_those_of_dense_products(world, always_sparse):
+    world("--sparsity", "0.9")
+    mask, glue = str(world.folder / "run/mask.safetensors"), str(world.folder / "glue")
+    lines = (world.folder / "glue/SST-2/dev.tsv").read_text().splitlines()[1:]
+    texts = [f"{i}\t{line.split(chr(9))[0]}" for i, line in enumerate(lines)]
+    write(world.folder / "glue/SST-2/test.tsv", "\n".join(["index\tsentence", *texts]) + "\n")
+    found = []
+    for flags in ([], ["--sparse"]):
+        out = world.folder / f"out{len(flags)}"
+        train.main(["--predict", mask, "--data", glue, "--device", "cpu", "--out", str(out),
+                    *flags])
+        found.append((out / "SST-2.tsv").read_text())
+    assert found[0] == found[1]
+
+@pytest.mark.parametrize("method", ["smp-s", "smp-s --int8", "movement", "movement --int8"])
+def test_a_small_model_answers_as_the_mask_does(world, method, always_sparse, capsys):
+    world("--method", *method.split(), "--sparsity", "0.9", "--epochs", "1")
+    mask, small = str(world.folder / "run/mask.safetensors"), world.folder / "small"
+    given = ["--device", "cpu", "--data", str(world.folder / "glue")]
+    train.main(["--eval", mask, *given, "--sparse", "--export", str(small)])
+    assert "train.load_small reads it" in capsys.readouterr().out
+    assert sorted(path.name for path in small.iterdir()) == [
+        "config.json", "sparse.safetensors", "vocab.txt"]
+    weights = (small / "sparse.safetensors").stat().st_size
+    dense = 4 * sum(p.numel() for p in bert.load_pretrained(world.folder / "model").parameters())
+    assert weights < (0.45 if "int8" in method else 0.5) * dense
+    model, tokenizer, words = train.load_small(small)
+    flags = train.parse_flags(given)
+    at_work = train.MaskFile(mask, flags)
+    batch = next(data.batches(at_work.encode_splits(("dev",))["dev"], 16))
+    with torch.inference_mode(), at_work.folded():
+        expected = at_work.logits(batch)
+        hidden = model(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
+        found = model.label_logits(hidden, data.label_ids(tokenizer, words))
+    scale = 0.02 if "int8" in method else 1e-4  # a last digit may tip a rounding of 8 bits
+    assert (found - expected).abs().max() < scale * expected.abs().max().clamp_min(1)
+    for name, other in at_work.layers.items():
+        assert model.get_submodule(name).int8 is other.int8 is ("int8" in method)
+        weight = model.get_submodule(name).folded_weight
+        with at_work.folded():
+            torch.testing.assert_close(weight, other.weight, rtol=1e-6, atol=0)
+    message = fails(lambda *flags: train.main(list(flags)), "--eval", mask, *given, "--sparse",
+                    "--export", str(small), capsys=capsys)
+    assert "small: holds a model" in message
+
+def test_the_example_of_a_small_model_runs(world, monkeypatch, capsys):
+    world("--sparsity", "0.9", "--epochs", "1")
+    monkeypatch.chdir(world.folder)
+    train.main(["--eval", "run/mask.safetensors", "--data", "glue", "--device", "cpu", "--sparse",
+                "--export", "small"])
+    capsys.readouterr()
+    code = (HERE / "README.md").read_text("utf-8").split("```python\n")[3].split("```")[0]
+    exec(code.replace("a gripping film", "good film"), {})
+    assert capsys.readouterr().out.strip() in data.TASKS["sst2"].words
+
+@given(st.dictionaries(st.sampled_from("abc"), st.lists(
+    st.sampled_from([0.0, 0.0, 0.0, -0.5, 1.0, 3.0]), min_size=8, max_size=8), min_size=1),
+    st.booleans())
+def test_what_is_written_small_comes_back(tensors, int8):
+    state = {name: torch.tensor(values).view(2, 4) for name, values in tensors.items()}
+    scales = {name: torch.tensor([[0.5], [1.0]]) for name in state if int8}
+    for name in scales:
+        state[name][1] = state[name][1].round()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "sparse.safetensors"
+        data.save_sparse(path, state, scales, {"task": "sst2"})
+        found, metadata = data.load_sparse(path)
+        stored = load_file(path)
+    assert metadata["task"] == "sst2" and set(found) == set(state)
+    for name, tensor in state.items():
+        assert torch.equal(found[name], tensor) and found[name].dtype == torch.float32
+        assert stored[name].dtype == (torch.int8 if int8 else torch.float32)
+        kept = int(tensor.count_nonzero())
+        assert stored[name].numel() == (kept if 2 * kept < 8 else 8)
+
+@pytest.mark.parametrize("damage", ["cut", "noise", "bits", "config", "none", "words"])
+def test_a_small_model_that_is_damaged_is_named(world, damage):
+    world("--sparsity", "0.9", "--epochs", "1")
+    small = world.folder / "small"
+    train.main(["--eval", str(world.folder / "run/mask.safetensors"), "--device", "cpu", "--data",
+                str(world.folder / "glue"), "--sparse", "--export", str(small)])
+    path = small / "sparse.safetensors"
+    content = path.read_bytes()
+    for case in range(10 if damage in ("cut", "noise", "bits") else 1):
+        if damage == "config":
+            config = (small / "config.json").read_text()
+            (small / "config.json").write_text(config.replace('"num_hidden_layers": 2',
+                                                              '"num_hidden_layers": 3'))
+        elif damage == "none":
+            path.unlink()
+        elif damage == "words":
+            path.write_bytes(content.replace(b"label_words", b"label_wards"))
+        else:
+            path.write_bytes(damaged(content, damage, np.random.default_rng(case)))
+        try:
+            train.load_small(small)
+            assert damage == "bits"  # of a weight
+        except (ValueError, FileNotFoundError) as error:
+            assert "sparse.safetensors" in str(error) and len(str(error)) < 400
+
 # ---- Prune Once For All
 
 @pytest.fixture
@@ -2354,6 +2525,28 @@ def language(world):
     return run
 
 SPARSE = ["--method", "magnitude", "--sparsity", "0.6", "--weight-lr", "1e-3"]
+
+def test_what_the_language_model_is_told(language):
+    """The rate is held while magnitude pruning ramps, for language alone. A teacher is heard at
+    words that nobody asks for. Each epoch asks for other words."""
+    def run(*flags):
+        flags = train.parse_flags([
+            "--task=mlm", f"--corpus={language.folder}/corpus.txt", "--device=cpu", "--epochs=2",
+            f"--model={language.folder}/model", "--max-length=16", "--batch-size=152", *flags])
+        flags.seed, flags.out = 0, str(language.folder / "run")
+        return train.Run(flags)
+
+    alone, taught = run(*SPARSE), run(*SPARSE, f"--teacher={language.folder}/model")
+    assert alone.s.hold_steps == alone.s.ramp_steps == 1 and alone.s.steps == 2
+    assert loaded(language.world, *SPARSE).s.hold_steps == 0
+    assert run("--method", "smp-s").s.hold_steps == 0
+    first, second = alone.batches()
+    assert (first["labels"] >= 0).all() and len(first["index"]) == 152
+    order = [batch["index"].argsort() for batch in (first, second)]
+    texts = [batch["input_ids"][rows] for batch, rows in zip((first, second), order, strict=True)]
+    assert not torch.equal(*texts)
+    assert (next(taught.batches())["labels"] < 0).float().mean() > 0.5
+    assert taught.ask_teacher(next(taught.batches())).shape[1] == len(WORDS)
 
 def test_all_three_stages(language, capsys):
     """A teacher, a sparse student, the task with its zeros locked; each leaves what the next one

@@ -492,7 +492,8 @@ def save_model(folder, model, tokenizer_from):
 
 def recorded(s):
     """The settings that decide how a run ends."""
-    others = ("overwrite", "resume", "debug", "checkpoint_every", "eval", "predict", "export")
+    others = ("overwrite", "resume", "debug", "checkpoint_every", "eval", "predict", "export",
+              "sparse")
     return {key: value for key, value in vars(s).items() if key not in others}
 
 def save_checkpoint(run, log):
@@ -571,6 +572,8 @@ class MaskFile(TaskModel):
         if precision not in PRECISIONS or type(length) is not int or length < 4:
             raise ValueError(f"{path}: max_length {length!r}, precision {precision!r}; expected 4 "
                              "or more, and fp32 or bf16")
+        if flags.sparse:  # there is no sparse product in bf16
+            precision = "fp32"
         s = argparse.Namespace(device=flags.device, data=place, max_length=length,
                                precision=precision)
         super().__init__(folder, data.TASKS[name], s)
@@ -593,8 +596,38 @@ class MaskFile(TaskModel):
             raise ValueError(f"{self.path}: made for {base}; say with --model where that is")
         return bert.find_pretrained(given or log[0]["model"])
 
-    def folded(self):
-        return smp.folded(self.layers, self.masks)
+    def folded(self, sparse=False):
+        return smp.folded(self.layers, self.masks, sparse)
+
+    def compare_speed(self, split):
+        """Prints how many texts a second it answers, dense and sparse in turn, from string to
+        logits, and the largest difference of a logit."""
+        texts, linear = data.read_split(self.task, self.s.data, split)[0], nn.functional.linear
+        for size in (1, 32):
+            groups = [texts[i:i + size] for i in range(0, min(len(texts), 23 * size), size)]
+            seconds, largest = {True: [], False: []}, 0.0
+            with self.folded(sparse=True):
+                products = {layer: layer.product for layer in self.layers.values()}
+                for i, group in enumerate(groups):
+                    logits = {}
+                    for sparse in (True, False) if i % 2 else (False, True):
+                        for layer, product in products.items():
+                            layer.product = product if sparse else linear
+                        self.answer(group)  # now what fits into the cache is there
+                        started = time.perf_counter()
+                        logits[sparse] = self.answer(group)
+                        seconds[sparse].append(time.perf_counter() - started)
+                    largest = max(largest, np.abs(logits[True] - logits[False]).max())
+            sparse = sum(product != linear and linear not in product.faster.values()
+                         for product in products.values())
+            ratio = np.median(np.divide(seconds[False], seconds[True]))
+            rates = [size / np.median(seconds[way]) for way in (False, True)]
+            print(f"speed       {size:>2} at a time: {rates[0]:.1f} a second dense, {rates[1]:.1f} "
+                  f"sparse, {ratio:.2f} times\n            zeros are skipped in {sparse} of "
+                  f"{len(products)} matrices; logits differ by {largest:.0e}")
+
+    def answer(self, texts):
+        return self.predict(self.encode(texts, None))
 
 def evaluate_masks(flags):
     """--eval: the metrics on dev, {path: metrics}. --export: also the pruned model, as an ordinary
@@ -604,15 +637,20 @@ def evaluate_masks(flags):
         mask = MaskFile(path, flags)
         if flags.export and folder.resolve() == mask.base.resolve():
             raise ValueError(f"--export {folder}: the base of the mask; give another folder")
-        if flags.export and (folder / "model.safetensors").exists() and not flags.overwrite:
+        file = folder / ("sparse.safetensors" if flags.sparse else "model.safetensors")
+        if flags.export and file.exists() and not flags.overwrite:
             raise FileExistsError(f"{folder}: holds a model; give --overwrite, or another one")
-        with mask.folded():
+        with mask.folded(flags.sparse):
             metrics = results[path] = mask.evaluate(mask.encode_splits(mask.task.dev))
         name, sparsity = mask.metadata["task"], data.sparsity_of(mask.masks)
         print(f"{path}: {name}, sparsity {sparsity:.4f}, {format_metrics(metrics)}")
-        if metrics != mask.metadata.get("metrics"):
+        if flags.sparse and not mask.task.mlm:
+            mask.compare_speed(mask.task.dev[0])
+        elif metrics != mask.metadata.get("metrics"):
             print("note: its run recorded other numbers; is it other data, device or threads?")
-        if flags.export:
+        if flags.export and flags.sparse:
+            save_small(folder, mask)
+        elif flags.export:
             with mask.folded():
                 weights = {name: layer.weight for name, layer in mask.layers.items()}
                 save_model(folder, bake(mask.model, weights, mask.base), mask.base)
@@ -621,6 +659,42 @@ def evaluate_masks(flags):
                 print("note        its weights are the rounded ones; their inputs are rounded "
                       "here, not there")
     return results
+
+def save_small(folder, mask):
+    """Writes a pruned model as small as it is: sparse.safetensors, config.json, vocabulary."""
+    state, scales = plain_state(mask.model), {}
+    with mask.folded():
+        for name, layer in mask.layers.items():
+            state[f"{name}.weight"] = layer.weight
+            if layer.int8:
+                scales[f"{name}.weight"] = smp.to_int8(layer.dense_weight)[1]
+    names = (*data.TOKENIZER_FILES, "config.json", "sparse.safetensors")
+    metadata = {"task": mask.metadata["task"], "int8": json.dumps(bool(scales)),
+                "label_words": json.dumps(mask.metadata["label_words"])}
+    with data.staging(folder, names) as scratch:
+        bert.save_config(mask.model, scratch)
+        data.copy_tokenizer(mask.base, scratch)
+        data.save_sparse(scratch / "sparse.safetensors", state, scales, metadata)
+    sizes = [sum(4 * tensor.numel() for tensor in state.values()),
+             (folder / "sparse.safetensors").stat().st_size]
+    print(f"{mask.path} -> {folder}/: {sizes[1] / 1e6:.1f} MB, dense in float32 "
+          f"{sizes[0] / 1e6:.1f} MB; train.load_small reads it")
+
+def load_small(folder):
+    """What --export --sparse wrote -> (model, tokenizer, label words), the zeros of the model
+    skipped where that is faster. Raises FileNotFoundError, and ValueError for what is damaged."""
+    path = Path(folder) / "sparse.safetensors"
+    config = bert.read_config(path.with_name("config.json"))
+    state, metadata = data.load_sparse(path)
+    with data.reading(path, "a small model that fits its config.json"):
+        with torch.device("meta"):
+            model = bert.Bert(config, mlm_head=any(name.startswith("mlm.") for name in state))
+        model.load_state_dict(state, assign=True)
+        words, int8 = json.loads(metadata["label_words"]), json.loads(metadata["int8"])
+    for layer in smp.prune(model.eval(), prunable(model)).values():
+        layer.folded_weight, layer.int8 = layer.dense_weight.detach(), int8 is True
+        layer.product = smp.SparseProduct(layer.folded_weight)
+    return model, data.load_tokenizer(folder), words
 
 def predict_masks(flags):
     """--predict: GLUE's submission files, and of several masks the zip. All is computed before the
@@ -637,8 +711,10 @@ def predict_masks(flags):
                                  "one file a task")
             if file.exists() and not flags.overwrite:
                 raise FileExistsError(f"{file}: exists; give --overwrite, or another --out")
-            with mask.folded():
+            with mask.folded(flags.sparse):
                 found[file] = path, mask.task, mask.predict(examples)
+            if flags.sparse:
+                mask.compare_speed(split)
     for file, (path, task, logits) in found.items():
         data.write_predictions(file, task, logits)
         print(f"{path} -> {file} ({len(logits):,} lines)")
@@ -846,7 +922,7 @@ def settings_of(flags, n=None, positions=512):
 def useless_flags(flags):
     """Yields (flags, why) for those that would have no effect in this mode or with this method."""
     if flags.eval or flags.predict:
-        useful = "task model data corpus device debug overwrite "
+        useful = "task model data corpus device debug overwrite sparse "
         useful += "eval export" if flags.eval else "predict out"
         yield set(vars(flags)).difference(useful.split()), "a mask brings its settings"
     if len(flags.eval or ()) != 1:
@@ -858,6 +934,7 @@ def useless_flags(flags):
     if flags.eval or flags.predict:
         return
     s = settings_of(flags)
+    yield ["sparse"], "it is for --eval and --predict"
     if s.task != "mlm":
         yield ["corpus", "mlm_rate", "mlm_cls"], "they are for --task mlm"
     else:
@@ -929,6 +1006,7 @@ FLAGS = {  # group: flag, kind, what it does. The defaults are decided in settin
         ("--eval", TEXTS, "evaluate these mask files on dev"),
         ("--predict", TEXTS, "write GLUE's submission files to --out (default: predictions)"),
         ("--export", TEXT, "with --eval MASK: write the pruned model to this folder"),
+        ("--sparse", YES, "skip the zeros, on a CPU; what is exported is small"),
     ],
     "how long": [
         ("--epochs", WHOLE, "default: 12 above 10,000 examples, 100 below 3,000, else 60"),

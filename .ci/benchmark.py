@@ -2,6 +2,7 @@
 
     python .ci/benchmark.py mini --task sst2 [any flag of train.py]
     python .ci/benchmark.py mini --against OTHER_CHECKOUT       # masks, here and there, in turn
+    python .ci/benchmark.py mini --inference                    # a pruned model, dense and sparse
 
 Needs no downloads: random weights of a size, and random texts in the lengths of a task. --model and
 --data together take real ones. The last line of output is JSON.
@@ -9,11 +10,13 @@ Needs no downloads: random weights of a size, and random texts in the lengths of
 
 import argparse
 import concurrent.futures
+import contextlib
 import importlib.util
 import itertools
 import json
 import multiprocessing
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -235,14 +238,109 @@ def masks_against(size, other):
           f"{found['there_ns']:.2f} in {other}\n{json.dumps(found)}")
     return found
 
+def inference(size):
+    """A pruned model of random weights, sparse against dense: medians of 20 pairs in turn."""
+    layers, hidden, heads = SIZES[size]
+    config = bert.Config(num_hidden_layers=layers, hidden_size=hidden, num_attention_heads=heads,
+                         intermediate_size=4 * hidden)
+    torch.manual_seed(0)
+    model = bert.Bert(config).eval()
+    masked = smp.prune(model, train.prunable(model))
+    found = {"size": size, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    print(f"{size}, {found['threads']} threads, torch {found['torch']}: times as fast as dense\n"
+          f"  kept      1 x 16    1 x 64   32 x 32")
+    for kept in (0.5, 0.2, 0.1, 0.05, 0.03):
+        masks = {name: torch.rand_like(layer.scores) < kept for name, layer in masked.items()}
+        with smp.folded(masked, masks, sparse=True), torch.inference_mode():
+            products = {layer: layer.product for layer in masked.values()}
+            row = [inference_pairs(model, products, shape) for shape in SHAPES]
+        found[f"{kept:g}"] = row
+        print(f"  {kept:4.0%}  " + "".join(f"{ratio:10.2f}" for ratio, _ in row))
+    dense = "".join(f"{ms:10.1f}" for _, ms in row)
+    rivals = dense_rivals(model, masked, masks)
+    print(f"  dense, ms{dense[2:]}")
+    for rival, ratios in rivals.items():
+        print(f"  {rival:<6}" + "".join(f"{ratio:10.2f}" for ratio in ratios))
+    print(json.dumps(found | rivals))
+    return found
+
+SHAPES = ((1, 16), (1, 64), (32, 32))
+
+def inference_pairs(model, products, shape):
+    """(median ratio, median ms of dense)."""
+    ids, ms = torch.randint(1000, 30000, shape), {True: [], False: []}
+    for i in range(23):
+        for sparse in (True, False) if i % 2 else (False, True):
+            for layer, product in products.items():
+                layer.product = product if sparse else nn.functional.linear
+            if shape[0] == 1:
+                model(ids)  # a model that serves has its weights in the cache, if they fit
+            ms[sparse].append(clock("cpu", model, ids))
+    ratios = np.divide(ms[False][3:], ms[True][3:])
+    return float(np.median(ratios)), float(np.median(ms[False][3:]))
+
+def dense_rivals(model, masked, masks):
+    """What dense may gain otherwise, as far as this machine can: {rival: [times as fast]}."""
+    made = {"mkldnn": packed}
+    with contextlib.suppress(ImportError):
+        import onnxruntime  # noqa: F401
+        made["onnx"] = exported
+    if shutil.which("g++"):
+        made["compile"] = torch.compile
+    found = {}
+    for rival, make in made.items():
+        with smp.folded(masked, masks), torch.inference_mode():
+            try:
+                other = make(model)
+                found[rival] = [rival_ratio(model, other, shape) for shape in SHAPES]
+            except Exception as error:
+                print(f"  {rival}: {data.printable(error, 70)}")
+    return found
+
+def packed(model):
+    """Linear layers whose weights oneDNN has laid out once."""
+    from torch.utils import mkldnn
+    copy = bert.Bert(model.config).eval()
+    for name in train.prunable(copy):
+        layer = model.get_submodule(name)
+        linear = nn.Linear(*reversed(layer.weight.shape))
+        linear.weight.data, linear.bias.data = layer.weight, layer.bias
+        copy.set_submodule(name, mkldnn.MkldnnLinear(linear, torch.float))
+    return copy
+
+def exported(model):
+    import onnxruntime
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/model.onnx"
+        torch.onnx.export(model, (torch.zeros(2, 8, dtype=torch.long),), path, dynamo=False,
+                          input_names=["ids"], dynamic_axes={"ids": {0: "B", 1: "T"}})
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(path, options)
+    return lambda ids: session.run(None, {"ids": ids.numpy()})
+
+def rival_ratio(model, other, shape):
+    ids, ratios = torch.randint(1000, 30000, shape), []
+    for _ in range(23):
+        ms = []
+        for one in (model, other):
+            if shape[0] == 1:
+                one(ids)
+            ms.append(clock("cpu", one, ids))
+        ratios.append(ms[0] / ms[1])
+    return float(np.median(ratios[3:]))
+
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("size", nargs="?", choices=SIZES, default="mini")
     p.add_argument("--against", metavar="CHECKOUT")
+    p.add_argument("--inference", action="store_true")
     args, given = p.parse_known_args(argv)
     if args.against:
         return masks_against(args.size, args.against)
+    if args.inference:
+        return inference(args.size)
     return steps(args.size, given)
 
 if __name__ == "__main__":
