@@ -2546,7 +2546,7 @@ def test_what_the_language_model_is_told(language):
     texts = [batch["input_ids"][rows] for batch, rows in zip((first, second), order, strict=True)]
     assert not torch.equal(*texts)
     assert (next(taught.batches())["labels"] < 0).float().mean() > 0.5
-    assert taught.ask_teacher(next(taught.batches())).shape[1] == len(WORDS)
+    assert taught.teacher(next(taught.batches())).shape[1] == len(WORDS)
 
 def test_all_three_stages(language, capsys):
     """A teacher, a sparse student, the task with its zeros locked; each leaves what the next one

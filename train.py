@@ -151,13 +151,14 @@ class Run(TaskModel):
         super().__init__(folder, task, settings_of(flags, len(texts), positions))
         self.train_set = self.encode(texts, labels)
         self.dev_sets = self.encode_splits(task.dev)
-        self.teacher = self.load_teacher() if s.teacher else None
+        self.teacher = self.load_teacher() if s.teacher else lambda batch: None
         torch.manual_seed(s.seed)
         self.make_learnable()
         # "logged": length and hash of the log at the last checkpoint.
         self.state = {"step": 0, "lam": self.s.lam, "best": None, "last": None, "logged": None}
 
     def load_teacher(self):
+        """Returns a function: a batch -> the teacher's logits."""
         teacher = TaskModel(bert.find_pretrained(self.s.teacher), self.task, self.s)
         if teacher.tokenizer.get_vocab() != self.tokenizer.get_vocab():
             raise ValueError(f"--teacher {teacher.base}: its vocabulary is not that of {self.base};"
@@ -166,20 +167,11 @@ class Run(TaskModel):
             has = ["no MLM head, and {} has one", "an MLM head, and {} has none"]
             raise ValueError(f"--teacher {teacher.base}: it has "
                              + has[self.model.mlm is None].format(self.base))
-        # Without dropout its logits never change. Only mlm hides other words each time.
-        self.taught = None
-        if not self.task.mlm:
-            self.taught = torch.from_numpy(teacher.predict(self.train_set)).to(self.s.device)
-        return teacher
-
-    @torch.no_grad()
-    def ask_teacher(self, batch):
-        """The teacher's logits for a batch, None without a teacher."""
-        if self.teacher is None:
-            return None
-        if self.taught is None:
-            return self.teacher.logits(batch)
-        return self.taught[self.on_device(batch["index"])]
+        if self.task.mlm:  # each time other words are hidden
+            return torch.no_grad()(teacher.logits)
+        # Without dropout its logits never change.
+        known = torch.from_numpy(teacher.predict(self.train_set)).to(self.s.device)
+        return lambda batch: known[self.on_device(batch["index"])]
 
     def batches(self):
         """The batches of all steps that are still to do."""
@@ -220,10 +212,13 @@ class Run(TaskModel):
 
     def lock_zeros(self):
         smp.lock(self.layers)
-        sparsity = data.sparsity_of({name: layer.mask for name, layer in self.layers.items()})
+        sparsity = data.sparsity_of(self.masks())
         if sparsity < 0.01:
             raise ValueError(f"{self.base}: {sparsity:.2%} of its weights are 0, nothing to lock; "
                              "expected a sparse model (--task mlm --method magnitude makes one)")
+
+    def masks(self):
+        return {name: layer.mask for name, layer in self.layers.items()}
 
     def set_masks(self):
         """Chooses the masks of this step, by the rule of the method."""
@@ -241,8 +236,8 @@ class Run(TaskModel):
         self.set_masks()
 
         logits = self.logits(batch)  # each layer uses W' = W * M
-        labels, teacher_logits = self.on_device(batch["labels"]), self.ask_teacher(batch)
-        loss = smp.objective(logits, labels, teacher_logits, s.temperature, s.teacher_weight)
+        labels, taught = self.on_device(batch["labels"]), self.teacher(batch)
+        loss = smp.objective(logits, labels, taught, s.temperature, s.teacher_weight)
         loss.backward()  # now scores.grad is dL/dW' * W
 
         if s.scores_from == "learned":
@@ -279,7 +274,7 @@ class Run(TaskModel):
         s = self.s
         state = self.state
         self.set_masks()
-        masks = {name: layer.mask for name, layer in self.layers.items()}
+        masks = self.masks()
         with smp.folded(self.layers, masks):
             metrics = self.evaluate(self.dev_sets)
         state["last"] = {"step": state["step"], "epoch": state["step"] / s.epoch_steps,
@@ -730,8 +725,7 @@ def format_metrics(metrics):
                      if name != "score" or says_more)
 
 def show_progress(bar, run, loss):
-    masks = {name: layer.mask for name, layer in run.layers.items()}
-    sparsity = data.sparsity_of(masks)
+    sparsity = data.sparsity_of(run.masks())
     bar.set_postfix_str(f"loss {loss:.3f}  sparsity {sparsity:.3f}", refresh=False)
     bar.update(run.state["step"] - bar.n)
 
@@ -742,10 +736,9 @@ def introduce(run):
     print(textwrap.fill(f"settings    {settings}", 100, subsequent_indent=" " * 12,
                         break_long_words=False, break_on_hyphens=False))
     text = run.tokenizer.decode(run.train_set.ids[0], skip_special_tokens=False)
-    answer, asked, at = "the words that are hidden", "all words", "the token"
-    if not run.task.mlm:
-        answer, asked, at = run.train_set.labels[0], "label words", "[CLS]"
-    if run.train_set.labels is not None and not run.task.regression:
+    asked, at = ("all words", "the token") if run.task.mlm else ("label words", "[CLS]")
+    answer = "the words that are hidden" if run.task.mlm else run.train_set.labels[0]
+    if run.task.labels:
         answer = run.task.words[answer]
     print(f"example     {data.printable(text)} -> {answer}")
     head = f"dot product of {at} and their embeddings (the model has no MLM head)"

@@ -39,8 +39,10 @@ def describe(settings):
     parts = [settings["method"]]
     if settings["teacher"]:
         parts.append(f"taught by {Path(settings['teacher']).parent.name}")
-    if settings["init"] == "zero":
+    if settings["init"] == "zero" and settings["scores_from"] == "learned":
         parts.append("zero start")
+    if settings.get("int8"):
+        parts.append("8 bits")
     return ", ".join(parts)
 
 def spread(values):
