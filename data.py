@@ -319,7 +319,7 @@ def training_batches(encoded, s, step=0, change=None):
         found = batches(encoded, s.batch_size, generator)
         if change:
             found = (change(batch, generator) for batch in found)
-        yield from itertools.islice(found, done, None)
+        yield from itertools.islice(found, done, None)  # those skipped draw their numbers too
         done = 0
 
 def hide_words(batch, tokenizer, generator, rate=0.15, cls_word=False, everywhere=False):
@@ -328,7 +328,7 @@ def hide_words(batch, tokenizer, generator, rate=0.15, cls_word=False, everywher
 
     Adds `places`, the indices of K tokens among the B * T, and `labels` (K,), what stood there.
     `everywhere` adds the other tokens too, with label -100: a teacher is heard there. `cls_word`
-    asks [CLS] for a random word of its text; else it learns little, and the head reads there."""
+    asks [CLS] for a random word of its text: nothing else trains it, and the head reads there."""
     ids = batch["input_ids"]
     special = torch.tensor(special_ids(tokenizer))
     draw = torch.rand(ids.shape, generator=generator)
@@ -342,8 +342,10 @@ def hide_words(batch, tokenizer, generator, rate=0.15, cls_word=False, everywher
     if cls_word:
         drawn = torch.rand(ids.shape, generator=generator) * (draw < 2)
         labels[:, 0] = ids.gather(1, drawn.argmax(1, keepdim=True))[:, 0]
-    padded = batch["attention_mask"]
-    here = labels >= 0 if not everywhere else ids >= 0 if padded is None else padded > 0
+    here = labels >= 0
+    if everywhere:
+        here = batch["attention_mask"]
+        here = torch.ones_like(ids) if here is None else here
     places = here.flatten().nonzero()[:, 0]
     return batch | {"input_ids": hidden, "places": places, "labels": labels.flatten()[places]}
 
@@ -424,14 +426,6 @@ def zip_predictions(paths):
 
 # What a mask file may unpack to, in all and a matrix. BERT-large has 302 and 4 million.
 MOST_WEIGHTS, LARGEST_MATRIX = 320_000_000, 8_000_000
-
-def save_int8(path, quantised):
-    """Writes {name: (int8 (out, in), scales (out, 1))} as name.weight and name.scale."""
-    tensors = {}
-    for name, (q, scale) in quantised.items():
-        tensors |= {f"{name}.weight": q.cpu(), f"{name}.scale": scale.cpu()}
-    with whole(path) as part:
-        safetensors.torch.save_file(tensors, part)
 
 def save_masks(path, masks, metadata):
     """Writes {name: mask} to a safetensors file, with metadata that JSON can hold. Of a matrix that
@@ -520,6 +514,40 @@ def _checked_shapes(shapes):
         raise ValueError(f"over {MOST_WEIGHTS:,} weights in all, or {LARGEST_MATRIX:,} in one")
     return shapes
 
+def kept_and_total(masks):
+    """(weights kept, weights in all), counted from the masks themselves."""
+    kept = sum(mask.count_nonzero() for mask in masks.values())
+    return int(kept), sum(mask.numel() for mask in masks.values())
+
+def sparsity_of(masks):
+    kept, total = kept_and_total(masks)
+    return 1 - kept / total if masks else 0.0
+
+def density_table(masks):
+    """The percentage that each matrix keeps, layers down, types across, the fuller the darker."""
+    kept = {name: 100 * mask.float().mean().item() for name, mask in masks.items()}
+    fullest = max(kept.values()) or 1
+    rows, same_type = {}, {}
+    for name, mask in masks.items():
+        _, layer, kind = name.split(".")
+        shade = " ░▒▓█"[math.ceil(4 * kept[name] / fullest)]
+        rows[layer] = rows.get(layer, f"layer {layer:>2} ") + f" {2 * shade}{kept[name]:>6.1f}"
+        same_type.setdefault(kind, {})[name] = mask
+    head = "kept, %  " + "".join(f"{kind:>9}" for kind in same_type)
+    shares = [100 * (1 - sparsity_of(same)) for same in same_type.values()]
+    foot = "all      " + "".join(f"{share:>9.1f}" for share in shares)
+    return "\n".join([head, *rows.values(), foot])
+
+# ---- Models in few bytes --------------------------------------------------------------------
+
+def save_int8(path, quantised):
+    """Writes {name: (int8 (out, in), scales (out, 1))} as name.weight and name.scale."""
+    tensors = {}
+    for name, (q, scale) in quantised.items():
+        tensors |= {f"{name}.weight": q.cpu(), f"{name}.scale": scale.cpu()}
+    with whole(path) as part:
+        safetensors.torch.save_file(tensors, part)
+
 def save_sparse(path, state, scales, metadata):
     """Writes {name: tensor} small. Of a tensor that is mostly zeros only the others are written,
     and their places as in a mask file. One with a scale (rows, 1) is a multiple of it, in int8."""
@@ -561,30 +589,6 @@ def load_sparse(path):
                 raise ValueError(f"nan or inf in {name}")
             state[name] = tensor.float()
     return state, metadata
-
-def kept_and_total(masks):
-    """(weights kept, weights in all), counted from the masks themselves."""
-    kept = sum(mask.count_nonzero() for mask in masks.values())
-    return int(kept), sum(mask.numel() for mask in masks.values())
-
-def sparsity_of(masks):
-    kept, total = kept_and_total(masks)
-    return 1 - kept / total if masks else 0.0
-
-def density_table(masks):
-    """The percentage that each matrix keeps, layers down, types across, the fuller the darker."""
-    kept = {name: 100 * mask.float().mean().item() for name, mask in masks.items()}
-    fullest = max(kept.values()) or 1
-    rows, same_type = {}, {}
-    for name, mask in masks.items():
-        _, layer, kind = name.split(".")
-        shade = " ░▒▓█"[math.ceil(4 * kept[name] / fullest)]
-        rows[layer] = rows.get(layer, f"layer {layer:>2} ") + f" {2 * shade}{kept[name]:>6.1f}"
-        same_type.setdefault(kind, {})[name] = mask
-    head = "kept, %  " + "".join(f"{kind:>9}" for kind in same_type)
-    shares = [100 * (1 - sparsity_of(same)) for same in same_type.values()]
-    foot = "all      " + "".join(f"{share:>9.1f}" for share in shares)
-    return "\n".join([head, *rows.values(), foot])
 
 # ---- Downloads ------------------------------------------------------------------------------
 

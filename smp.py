@@ -202,66 +202,6 @@ def choose_masks(layers, sparsity, rule="smp-s", tau=0.1):
         for name, mask in _search_stacked(scores, counts).items():
             layers[name].mask = mask
 
-@contextlib.contextmanager
-def folded(layers, masks, sparse=False):
-    """Inside, the layers use the given {name: mask}, multiplied into their weights only once: one
-    frozen model serves any number of tasks. `sparse` skips the zeros, on a CPU, where that pays."""
-    try:
-        for name, layer in layers.items():
-            W = layer.masked_weight(masks[name].to(layer.mask.device)).detach()
-            layer.folded_weight = W
-            layer.product = SparseProduct(W) if sparse and W.device.type == "cpu" else F.linear
-        yield
-    finally:
-        for layer in layers.values():
-            layer.folded_weight, layer.product = None, F.linear
-
-class SparseProduct:
-    """F.linear, or the product with W in CSR form (the kept weights and their columns, row by row)
-    where that is faster: measured once for each size of x, since machines differ."""
-    def __init__(self, W):
-        with warnings.catch_warnings(action="ignore"):  # "CSR is in beta"
-            csr = W.to_sparse_csr()
-            indices = csr.crow_indices().int(), csr.col_indices().int()  # half the bytes to read
-            self.W = torch.sparse_csr_tensor(*indices, csr.values(), W.shape)
-        self.faster = {}
-
-    def __call__(self, x, W, bias):
-        def seconds(product):
-            return min(timeit.repeat(lambda: product(x, W, bias), repeat=4, number=1))
-
-        size = x.numel().bit_length()
-        if size not in self.faster:
-            self.faster[size] = min(self.sparse, F.linear, key=seconds)
-        return self.faster[size](x, W, bias)
-
-    def sparse(self, x, W, bias):
-        columns = x.reshape(-1, W.shape[1]).T.contiguous()  # (in, tokens), to be read row by row
-        start = W.new_zeros(len(W), 1) if bias is None else bias[:, None]
-        y = torch.addmm(start.expand(-1, columns.shape[1]), self.W, columns).T
-        if len(W) <= W.shape[1]:  # a wider y is left as it is: the next product wants it so
-            y = y.contiguous()
-        return y.reshape(*x.shape[:-1], len(W))
-
-# ---- Made of the same parts: a locked pattern, and 8 bits ------------------------------------
-def lock(layers):
-    """Prune Once For All (arXiv 2111.05754): the mask of a model that is sparse already is W != 0,
-    taken once. Its weights may train then: a zero gets the gradient dL/dW' * 0 = 0, and weight
-    decay makes 0 of it. So it stays a zero, for every task."""
-    for layer in layers.values():
-        layer.mask = layer.dense_weight.detach() != 0
-
-def to_int8(x):
-    """x (..., n) -> q int8 (..., n) from -127 to 127, and a scale a row (..., 1): x ~ q * scale."""
-    scale = (x.abs().amax(-1, keepdim=True).float() / 127).clamp_min(1e-12)
-    return (x / scale).round().to(torch.int8), scale
-
-def fake_int8(x):
-    """What 8 bits leave of x (..., n), straight-through like a mask. A row of W is an output and a
-    row of x a token: each has its own scale, taken on the spot, so there is none to learn."""
-    q, scale = to_int8(x.detach())
-    return StraightThrough.apply(x, q * scale)
-
 # ---- Schedule and loss (Eq. 5, 6, 7) --------------------------------------------------------
 def sparsity_at(step, ramp_steps, target):
     """The sparsity v_t at step t, with N ramp_steps and the target v_f (Eq. 5):
@@ -317,7 +257,68 @@ def balanced_lambda(scores, pull=1.0):
     norm = nn.utils.get_total_norm([s.grad for s in scores])  # rms * sqrt(total)
     return 4 * pull * math.sqrt(total) * norm.item()
 
-# ---- The fast search: one may stop here. It finds what topk_mask defines, without sorting ----
+# ---- A mask at work: multiplied in once, and its zeros skipped ------------------------------
+@contextlib.contextmanager
+def folded(layers, masks, sparse=False):
+    """Inside, the layers use the given {name: mask}, multiplied into their weights only once: one
+    frozen model serves any number of tasks. `sparse` skips the zeros, on a CPU, where that pays."""
+    try:
+        for name, layer in layers.items():
+            W = layer.masked_weight(masks[name].to(layer.mask.device)).detach()
+            layer.folded_weight = W
+            layer.product = SparseProduct(W) if sparse and W.device.type == "cpu" else F.linear
+        yield
+    finally:
+        for layer in layers.values():
+            layer.folded_weight, layer.product = None, F.linear
+
+class SparseProduct:
+    """F.linear, or the product with W in CSR form (the kept weights and their columns, row by row)
+    where that is faster: measured once for each size of x (each power of 2), as machines differ."""
+    def __init__(self, W):
+        with warnings.catch_warnings(action="ignore"):  # "CSR is in beta"
+            csr = W.to_sparse_csr()
+            indices = csr.crow_indices().int(), csr.col_indices().int()  # half the bytes to read
+            self.W = torch.sparse_csr_tensor(*indices, csr.values(), W.shape)
+        self.faster = {}
+
+    def __call__(self, x, W, bias):
+        def seconds(product):
+            return min(timeit.repeat(lambda: product(x, W, bias), repeat=4, number=1))
+
+        size = x.numel().bit_length()
+        if size not in self.faster:
+            self.faster[size] = min(self.sparse, F.linear, key=seconds)
+        return self.faster[size](x, W, bias)
+
+    def sparse(self, x, W, bias):
+        columns = x.reshape(-1, W.shape[1]).T.contiguous()  # (in, tokens), to be read row by row
+        start = W.new_zeros(len(W), 1) if bias is None else bias[:, None]
+        y = torch.addmm(start.expand(-1, columns.shape[1]), self.W, columns).T
+        if len(W) <= W.shape[1]:  # else the next product may want `columns` of it, as it lies
+            y = y.contiguous()
+        return y.reshape(*x.shape[:-1], len(W))
+
+# ---- Prune Once For All and 8 bits, made of the same parts ----------------------------------
+def lock(layers):
+    """Prune Once For All (arXiv 2111.05754): the mask of a model that is sparse already is W != 0,
+    taken once. Its weights may train then: a zero gets the gradient dL/dW' * 0 = 0, so Adam moves
+    it by 0, and weight decay is a share of it. It stays a zero, for every task."""
+    for layer in layers.values():
+        layer.mask = layer.dense_weight.detach() != 0
+
+def to_int8(x):
+    """x (..., n) -> q int8 (..., n) from -127 to 127, and a scale a row (..., 1): x ~ q * scale."""
+    scale = (x.abs().amax(-1, keepdim=True).float() / 127).clamp_min(1e-12)
+    return (x / scale).round().to(torch.int8), scale
+
+def fake_int8(x):
+    """What 8 bits leave of x (..., n), straight-through like a mask. A row of W is an output and a
+    row of x a token: each has its own scale, taken on the spot, so there is none to learn."""
+    q, scale = to_int8(x.detach())
+    return StraightThrough.apply(x, q * scale)
+
+# ---- The fast search: it finds what topk_mask defines, without sorting. One may stop here ----
 def _search(scores, k, last_thresholds):
     """Scores -> bool mask of the k largest, the first of equals first. Guess low and high around
     the k-th: what is above high stays, the few between are ranked. A wrong guess costs time."""
@@ -379,7 +380,6 @@ def _search_stacked(scores, counts):
 
 def _search_bitwise(stack, k):
     """Scores (m, n) and counts k (m,) -> bool masks (m, n), for a GPU: the host reads no number.
-
     Floats read as integers keep their order once negative ones have their bits flipped. The k-th
     largest is found from its highest bit down: a bit is set if k scores still reach it."""
     keys = (stack.float() + 0.0).view(torch.int32)  # + 0.0 makes 0.0 of -0.0

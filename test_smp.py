@@ -1701,6 +1701,7 @@ def test_a_rewound_rate_is_the_published_schedule_restarted():
         assert train.learning_rate(step, steps, 3.0, 0, ramp) == pytest.approx(rewound)
     assert train.learning_rate(steps, steps, 3.0, 0, ramp) == 0
     assert train.learning_rate(3, steps, 3.0, 9, ramp) == pytest.approx(1.2)
+    assert train.learning_rate(99, steps, 3.0, 0, 100) == 3  # a ramp as long as the run
 
 def test_the_learning_rate_rises_and_falls():
     rates = [train.learning_rate(step, 100, 2.0, 9) for step in range(101)]
@@ -2311,7 +2312,7 @@ def test_a_mask_says_nothing_of_this_machine_and_asks_no_hub(world, capsys, monk
 def test_other_numbers_than_recorded_are_noted(world, capsys):
     world("--epochs", "1")
     dev = world.folder / "glue/SST-2/dev.tsv"
-    dev.write_text("\n".join(dev.read_text().splitlines()[:3]) + "\n")
+    dev.write_text("\n".join(dev.read_text().splitlines()[:2]) + "\n")
     train.main(["--eval", str(world.folder / "run/mask.safetensors"), "--device", "cpu"])
     assert "its run recorded other numbers" in capsys.readouterr().out
 

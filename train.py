@@ -38,7 +38,7 @@ METHODS = {
     "magnitude":     ("magnitude", "smp-l",     "trained"),
     "movement":      ("learned",   "smp-l",     "trained"),
     "soft-movement": ("learned",   "threshold", "trained"),
-    "lock":          ("zeros",     None,        "trained"),  # those that the model has
+    "lock":          ("zeros",     None,        "trained"),  # the mask is the model's own zeros
     "finetune":      (None,        None,        "trained"),  # dense
 }
 
@@ -177,9 +177,9 @@ class Run(TaskModel):
         """The batches of all steps that are still to do."""
         s = self.s
         return data.training_batches(self.train_set, s, self.state["step"],
-                                     self.hide_words if self.task.mlm else None)
+                                     self.ask_for_words if self.task.mlm else None)
 
-    def hide_words(self, batch, generator):
+    def ask_for_words(self, batch, generator):
         s = self.s
         return data.hide_words(batch, self.tokenizer, generator, s.mlm_rate, s.mlm_cls,
                                everywhere=bool(s.teacher))
@@ -188,7 +188,7 @@ class Run(TaskModel):
         """Sets up what is learned: the scores, the weights, both, or (a random mask) nothing."""
         s, model = self.s, self.model
         model.set_dropout(s.dropout)
-        masked = s.scores_from or s.int8
+        masked = s.scores_from or s.int8  # a dense model in 8 bits has masks of ones
         self.layers = smp.prune(model, prunable(model), s.init) if masked else {}
         for layer in self.layers.values():
             layer.int8 = s.int8
@@ -334,11 +334,11 @@ def train_loop(run, log, interrupts):
         log("eval", **run.evaluate_and_keep_best())
 
 def learning_rate(step, steps, peak, warmup_steps, hold_steps=0):
-    """It rises to the peak in warmup_steps, and falls linearly to 0 at the end of all steps; with
-    hold_steps from there on. This is what the learning-rate rewinding of Prune Once For All comes
-    to, which sets the rate back again and again while the sparsity grows."""
+    """It rises to the peak in warmup_steps, stays there until hold_steps have passed, if any, and
+    falls linearly to 0 at the end of all steps. The hold is the learning-rate rewinding of Prune
+    Once For All, which sets the rate back again and again while the sparsity grows."""
     rise = min((step + 1) / (warmup_steps + 1), 1)
-    return peak * rise * (1 - max(step - hold_steps, 0) / (steps - hold_steps))
+    return peak * rise * (1 - max(step - hold_steps, 0) / max(steps - hold_steps, 1))
 
 def prunable(model):
     """The names of the six matrices of each layer: not the embeddings, not the head."""
@@ -408,7 +408,8 @@ def finish(run, log):
     kept, total = data.kept_and_total(masks)
     new_bits = total if run.s.rule else 0  # a bit for each prunable weight
     if run.s.trains_weights:
-        new_bits += 32 * (run.n_trained - total) + (8 if run.s.int8 else 32) * kept
+        others = run.n_trained - total  # biases, LayerNorms; of a dense model all the rest
+        new_bits += 32 * others + (8 if run.s.int8 else 32) * kept
         if run.s.int8:  # a scale a row
             new_bits += 32 * sum(len(mask) for mask in masks.values())
     best, last = run.state["best"], run.state["last"]
@@ -456,7 +457,7 @@ def save_result(run, masks):
         name = Path(name).resolve().name  # where it lies is of no use to others
     if s.trains_weights:
         weights = {name: layer.dense_weight * layer.mask for name, layer in run.layers.items()}
-        name, baked = "model", bake(run.model, weights, run.base)  # see find_base
+        name, baked = "model", bake(run.model, weights, run.base)  # the model beside the mask
         save_model(run.out / "model", baked, run.base)
         if s.int8:
             data.save_int8(run.out / "int8.safetensors",
@@ -559,9 +560,8 @@ class MaskFile(TaskModel):
         log = data.read_log(Path(path).parent / "metrics.jsonl")  # of its run, if that is here
         folder = self.find_base(flags.model, log)
         given = flags.corpus if name == "mlm" else flags.data
-        place = given or settings_of(flags).data
-        if log and not given:
-            place = log[0]["data"]
+        usual = log[0]["data"] if log else "demo" if name == "demo" else "glue"
+        place = given or usual
         length = settings.get("max_length")
         precision = settings.get("precision")
         if precision not in PRECISIONS or type(length) is not int or length < 4:
@@ -613,12 +613,12 @@ class MaskFile(TaskModel):
                         logits[sparse] = self.answer(group)
                         seconds[sparse].append(time.perf_counter() - started)
                     largest = max(largest, np.abs(logits[True] - logits[False]).max())
-            sparse = sum(product != linear and linear not in product.faster.values()
-                         for product in products.values())
+            skipping = sum(product != linear and linear not in product.faster.values()
+                           for product in products.values())
             ratio = np.median(np.divide(seconds[False], seconds[True]))
             rates = [size / np.median(seconds[way]) for way in (False, True)]
             print(f"speed       {size:>2} at a time: {rates[0]:.1f} a second dense, {rates[1]:.1f} "
-                  f"sparse, {ratio:.2f} times\n            zeros are skipped in {sparse} of "
+                  f"sparse, {ratio:.2f} times\n            zeros are skipped in {skipping} of "
                   f"{len(products)} matrices; logits differ by {largest:.0e}")
 
     def answer(self, texts):
