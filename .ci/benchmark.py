@@ -321,7 +321,7 @@ def exported(model):
 
 def rival_ratio(model, other, shape):
     ids, ratios = torch.randint(1000, 30000, shape), []
-    for _ in range(23):
+    for _ in range(8):
         ms = []
         for one in (model, other):
             if shape[0] == 1:
