@@ -2640,17 +2640,7 @@ def test_an_interrupted_language_model_ends_bit_for_bit(language, monkeypatch, f
         flags = [*flags, str(language.folder / "model")]
     flags = [*flags, "--dropout", "0.1", "--checkpoint-every", "0"]
     language(*flags, out="whole")
-    real = train.Run.train_step
-
-    def limited(run, batch):
-        if run.state["step"] == 33:
-            raise KeyboardInterrupt
-        return real(run, batch)
-
-    monkeypatch.setattr(train.Run, "train_step", limited)
-    with pytest.raises(SystemExit):
-        language(*flags)
-    monkeypatch.setattr(train.Run, "train_step", real)
+    break_off(language, 33, monkeypatch, *flags)
     language(*flags, "--resume")
     assert left_behind(language.folder / "run") == left_behind(language.folder / "whole")
     if flags[1] == "magnitude":
@@ -2694,12 +2684,7 @@ def test_flags_of_a_language_model(capsys, flags, message):
     assert message in fails(lambda *flags: train.main(list(flags)), *flags, capsys=capsys)
 
 def test_a_dense_model_has_nothing_to_lock(world, capsys):
-    def run(*flags):
-        return train.main(["--task=sst2", f"--model={world.folder}/model", "--device=cpu",
-                           f"--data={world.folder}/glue", f"--out={world.folder}/run",
-                           "--max-length=16", "--epochs=1", "--method=lock", *flags])
-
-    assert "nothing to lock" in fails(run, capsys=capsys)
+    assert "nothing to lock" in fails(lock_run, world, capsys=capsys)
     assert not (world.folder / "run").exists()
 
 def sparse_world(world):
@@ -2887,20 +2872,24 @@ def test_a_terminal_that_lacks_letters_or_goes_away_stops_nothing(world):
     process.wait(timeout=120)
     assert log_of(world.folder / "gone")[-1]["event"] == "final"
 
-@pytest.fixture
-def interrupted(world, monkeypatch):
-    """A run that broke off in its third epoch of three, with a checkpoint and a mask."""
+def break_off(run, step, monkeypatch, *flags):
+    """Runs it until a ctrl-C before a step."""
     real = train.Run.train_step
 
     def limited(run, batch):
-        if run.state["step"] == 45:
+        if run.state["step"] == step:
             raise KeyboardInterrupt
         return real(run, batch)
 
     monkeypatch.setattr(train.Run, "train_step", limited)
     with pytest.raises(SystemExit):
-        world("--checkpoint-every", "0")
+        run(*flags)
     monkeypatch.setattr(train.Run, "train_step", real)
+
+@pytest.fixture
+def interrupted(world, monkeypatch):
+    """A run that broke off in its third epoch of three, with a checkpoint and a mask."""
+    break_off(world, 45, monkeypatch, "--checkpoint-every", "0")
     return world
 
 def test_a_damaged_checkpoint_is_named(interrupted, capsys):
