@@ -26,8 +26,6 @@ Sparsity is the fraction REMOVED. Letters: n weights of a matrix, m matrices, B 
 
 import contextlib
 import math
-import time
-import warnings
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +42,23 @@ class StraightThrough(torch.autograd.Function):
     def backward(ctx, grad):
         return grad, None
 
+class MaskedProduct(torch.autograd.Function):
+    """F.linear(x, W * M, b). Backward, M counts as S: dL/dS = dL/dW' * W (Eq. 3).
+    W' is made again there, which costs less than to keep it."""
+    @staticmethod
+    def forward(ctx, x, W, M, S, b):
+        ctx.save_for_backward(x, W, M)
+        return F.linear(x, torch.where(M, W, 0.0), b)  # W * M would copy M as floats
+    @staticmethod
+    def backward(ctx, grad):  # dL/dy (..., out)
+        x, W, M = ctx.saved_tensors
+        x, rows = x.flatten(0, -2).to(grad.dtype), grad.flatten(0, -2)
+        need_x, need_W, _, need_S, need_b = ctx.needs_input_grad
+        dx = grad @ torch.where(M, W, 0.0).to(grad.dtype) if need_x else None
+        db = rows.sum(0) if need_b else None
+        dW = (rows.T @ x).to(W.dtype) if need_W or need_S else None  # dL/dW'
+        return dx, dW * M if need_W else None, None, dW.mul_(W) if need_S else None, db
+
 class MaskedLinear(nn.Module):
     """A linear layer with the weight W' = W * M. It takes dense_weight W (out, in) and bias (out,)
     from the linear that it replaces. Its scores S are learned. choose_masks sets its mask M."""
@@ -56,7 +71,7 @@ class MaskedLinear(nn.Module):
         self.folded_weight = None  # a W' that does not change, see folded
         self.last_thresholds = []  # of the last two masks, see _brackets
         self.int8 = False  # see fake_int8
-        self.product = F.linear  # or a SparseProduct
+        self.product = F.linear  # another one in folded
 
     @property
     def weight(self):  # nn.MultiheadAttention reads this and never calls forward
@@ -72,7 +87,9 @@ class MaskedLinear(nn.Module):
         return fake_int8(W * M) if W.requires_grad else fake_int8(W) * M
 
     def forward(self, x):  # (..., in) -> (..., out)
-        return self.product(fake_int8(x) if self.int8 else x, self.weight, self.bias)
+        if self.int8 or self.folded_weight is not None:
+            return self.product(fake_int8(x) if self.int8 else x, self.weight, self.bias)
+        return MaskedProduct.apply(x, self.dense_weight, self.mask, self.scores, self.bias)
 
 def initial_scores(weight, init):
     """Scores to start from, float32, shaped like the weight. Raises ValueError for another init."""
@@ -257,47 +274,19 @@ def balanced_lambda(scores, pull=1.0):
     norm = nn.utils.get_total_norm([s.grad for s in scores])  # rms * sqrt(total)
     return 4 * pull * math.sqrt(total) * norm.item()
 
-# ---- A mask at work: multiplied in once, and its zeros skipped ------------------------------
+# ---- A mask at work -------------------------------------------------------------------------
 @contextlib.contextmanager
-def folded(layers, masks, sparse=False):
+def folded(layers, masks, product=None):
     """Inside, the layers use the given {name: mask}, multiplied into their weights only once: one
-    frozen model serves any number of tasks. `sparse` skips the zeros, on a CPU, where that pays."""
+    frozen model serves any number of tasks. product(W') returns what to use instead of F.linear."""
     try:
         for name, layer in layers.items():
             W = layer.masked_weight(masks[name].to(layer.mask.device)).detach()
-            layer.folded_weight = W
-            layer.product = SparseProduct(W) if sparse and W.device.type == "cpu" else F.linear
+            layer.folded_weight, layer.product = W, product(W) if product else F.linear
         yield
     finally:
         for layer in layers.values():
             layer.folded_weight, layer.product = None, F.linear
-
-class SparseProduct:
-    """The product with W in CSR form (the kept weights and their columns, row by row), or F.linear
-    where that is faster: for each size of x (power of 2) the first eight calls try them in turn."""
-    def __init__(self, W):
-        with warnings.catch_warnings(action="ignore"):  # "CSR is in beta"
-            csr = W.to_sparse_csr()
-            indices = csr.crow_indices().int(), csr.col_indices().int()  # half the bytes to read
-            self.W = torch.sparse_csr_tensor(*indices, csr.values(), W.shape)
-        self.trials = {}  # size of x: [(seconds a number, 0 for sparse or 1 for dense)]
-
-    def __call__(self, x, W, bias):
-        trials = self.trials.setdefault(x.numel().bit_length(), [])
-        which = len(trials) % 2 if len(trials) < 8 else min(trials)[1]
-        start = time.perf_counter()
-        y = (self.sparse, F.linear)[which](x, W, bias)
-        if len(trials) < 8:
-            trials.append(((time.perf_counter() - start) / x.numel(), which))
-        return y
-
-    def sparse(self, x, W, bias):
-        columns = x.reshape(-1, W.shape[1]).T.contiguous()  # (in, tokens), to be read row by row
-        start = W.new_zeros(len(W), 1) if bias is None else bias[:, None]
-        y = torch.addmm(start.expand(-1, columns.shape[1]), self.W, columns).T
-        if len(W) <= W.shape[1]:  # else the next product may want `columns` of it, as it lies
-            y = y.contiguous()
-        return y.reshape(*x.shape[:-1], len(W))
 
 # ---- Prune Once For All and 8 bits, made of the same parts ----------------------------------
 def lock(layers):

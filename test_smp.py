@@ -324,6 +324,50 @@ def test_gradient_passes_straight_through(case, seed):
         (G * make_mask(leaf)).sum().backward()
         assert torch.equal(leaf.grad, G)
 
+@given(st.tuples(*[st.integers(1, 5)] * 3), st.booleans(), st.booleans(), st.integers(0, 2**32))
+def test_the_layer_is_what_its_weight_says(sizes, weights_train, has_bias, seed):
+    """forward(x) and all its gradients are those of F.linear(x, layer.weight, bias), which autograd
+    takes apart by itself; also where the weights train, and with inputs of any shape."""
+    torch.manual_seed(seed)
+    out, into, tokens = sizes
+    layer = smp.MaskedLinear(nn.Linear(into, out, bias=has_bias).double(), "random").double()
+    layer.requires_grad_(weights_train)
+    layer.scores.requires_grad_(True)
+    layer.mask = torch.rand(out, into) < 0.5
+    x = torch.randn(2, tokens, into).double().requires_grad_()
+    learned = [p for p in (x, *layer.parameters()) if p.requires_grad]
+    found, expected = layer(x), F.linear(x, layer.weight, layer.bias)
+    assert torch.equal(found, expected)
+    seen = torch.randn_like(found)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, learned, seen),
+        torch.autograd.grad(expected, learned, seen),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_the_masked_weight_is_not_kept_for_the_backward_pass(precision):
+    layer = smp.MaskedLinear(nn.Linear(64, 96).requires_grad_(False), "random")
+    x = torch.randn(8, 64, requires_grad=True)
+    layer.mask = torch.rand(96, 64) < 0.1
+    kept = []
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
+    ):
+        y = layer(x)
+    assert {t.data_ptr() for t in kept} == {
+        t.data_ptr() for t in (x, layer.dense_weight, layer.mask)
+    }
+    y.sum().backward()
+    expected = F.linear(x, layer.weight, layer.bias)
+    torch.testing.assert_close(y.float(), expected, rtol=0.02, atol=0.02)
+    assert y.dtype == precision
+    assert layer.scores.grad.dtype == x.grad.dtype == torch.float32
+    expected = torch.ones(96, 8) @ x.detach() * layer.dense_weight
+    torch.testing.assert_close(layer.scores.grad, expected, rtol=0.02, atol=0.02)
+
 @given(st.integers(1, 6), st.integers(1, 7), st.integers(1, 5), st.integers(0, 2**32), st.data())
 def test_score_gradient_is_weight_gradient_times_weight(out, into, batch, seed, draw):
     """dL/dS = dL/dW' * W (Eq. 3), against autograd with the mask, then W', as a leaf of its own,
@@ -662,7 +706,7 @@ def test_a_sparse_product_is_the_dense_one(out, into, shape, kept, has_bias, see
     torch.manual_seed(seed)
     W, x = torch.randn(out, into) * (torch.rand(out, into) < kept), torch.randn(*shape, into)
     bias = torch.randn(out) if has_bias else None
-    found = smp.SparseProduct(W).sparse(x, W, bias)
+    found = train.SparseProduct(W).sparse(x, W, bias)
     assert found.shape == (*shape, out)
     torch.testing.assert_close(found, F.linear(x, W, bias), rtol=1e-4, atol=1e-5)
 
@@ -670,7 +714,7 @@ def test_a_sparse_product_is_the_dense_one(out, into, shape, kept, has_bias, see
 def test_the_faster_product_is_taken(slow, monkeypatch):
     """Four tries each, in turn; from then on the faster one, for inputs of that size."""
     W, x, calls = torch.randn(4, 8), torch.randn(3, 8), []
-    product, linear = smp.SparseProduct(W), F.linear
+    product, linear = train.SparseProduct(W), F.linear
 
     def named(name):
         return lambda *inputs: (calls.append(name), time.sleep(0.01 * (name == slow)),
@@ -688,8 +732,8 @@ def test_the_faster_product_is_taken(slow, monkeypatch):
 def test_folding_leaves_a_layer_as_it_was():
     layers = smp.prune(nn.Sequential(nn.Linear(3, 2)), ["0"])
     masks = {"0": torch.tensor([[True, False, False], [False, False, False]])}
-    with contextlib.suppress(KeyError), smp.folded(layers, masks, sparse=True):
-        assert isinstance(layers["0"].product, smp.SparseProduct)
+    with contextlib.suppress(KeyError), smp.folded(layers, masks, train.SparseProduct):
+        assert isinstance(layers["0"].product, train.SparseProduct)
         raise KeyError
     assert layers["0"].product is F.linear and layers["0"].folded_weight is None
 
@@ -2397,7 +2441,7 @@ def always_sparse(monkeypatch):
         product.trials = {1: [(0.0, 0)]}
         return product.sparse(*inputs)
 
-    monkeypatch.setattr(smp.SparseProduct, "__call__", skip)
+    monkeypatch.setattr(train.SparseProduct, "__call__", skip)
 
 def test_zeros_are_skipped_at_work(world, capsys, always_sparse):
     final = world("--sparsity", "0.9")

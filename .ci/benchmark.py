@@ -251,7 +251,7 @@ def inference(size):
           f"  kept      1 x 16    1 x 64   32 x 32")
     for kept in (0.5, 0.2, 0.1, 0.05, 0.03):
         masks = {name: torch.rand_like(layer.scores) < kept for name, layer in masked.items()}
-        with smp.folded(masked, masks, sparse=True), torch.inference_mode():
+        with smp.folded(masked, masks, train.SparseProduct), torch.inference_mode():
             products = {layer: layer.product for layer in masked.values()}
             row = [inference_pairs(model, products, shape) for shape in SHAPES]
         found[f"{kept:g}"] = row
