@@ -313,14 +313,17 @@ def training_batches(encoded, s, step=0, change=None):
     too."""
     epoch, done = divmod(step, math.ceil(len(encoded) / s.batch_size))
     for number in range(epoch, s.epochs):
-        # No sum: the generator takes 32 bits, and seed 1 must not begin where seed 0 goes on.
-        mixed = np.random.SeedSequence((s.seed, number)).generate_state(1)
-        generator = torch.Generator().manual_seed(int(mixed[0]))
+        generator = torch.Generator().manual_seed(seed_of(s.seed, number))
         found = batches(encoded, s.batch_size, generator)
         if change:
             found = (change(batch, generator) for batch in found)
         yield from itertools.islice(found, done, None)  # those skipped draw their numbers too
         done = 0
+
+def seed_of(*numbers):
+    """One seed, of 32 bits, that differs with each number. No sum: then seed 1 would begin where
+    seed 0 goes on."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 def hide_words(batch, tokenizer, generator, rate=0.15, cls_word=False, everywhere=False):
     """Masked language modelling: asks for a share of a batch's words, never for a special token. Of
@@ -816,13 +819,13 @@ def only_run_in(folder):
         yield
 
 @contextlib.contextmanager
-def interruptible():
+def interruptible(patient=False):
     """Inside, a first ctrl-C or SIGTERM is only noted, in the list that it gives, so that no step
-    is torn in two. A second one breaks off at once."""
+    is torn in two. A second one breaks off at once, unless `patient`."""
     noted = []
 
     def note(*_):
-        if noted:
+        if noted and not patient:
             raise KeyboardInterrupt
         noted.append(True)
 

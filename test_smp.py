@@ -2903,6 +2903,91 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(world, number):
     subprocess.run(command(world, out="whole"), check=True, capture_output=True, timeout=120)
     assert left_behind(world.folder / "run") == left_behind(world.folder / "whole")
 
+# ---- several processes
+
+@given(st.integers(1, 5), st.integers(1, 12), st.booleans(), st.integers(0, 2**32))
+def test_the_parts_of_a_batch_are_the_batch(processes, size, asks_words, seed):
+    """Each row is in one part, with its own words; share * mean sums to the mean; also where there
+    are more processes than rows, or a part in which no word is asked for."""
+    torch.manual_seed(seed)
+    length = 6
+    value = torch.rand(size, length)  # what the loss of a token shall be
+    batch = {
+        "input_ids": torch.arange(size * length).view(size, length),
+        "attention_mask": None,
+        "labels": torch.randint(0, 3, (size,)),
+    }
+    if asks_words:
+        places = (torch.rand(size * length) < 0.3).nonzero()[:, 0]
+        places = torch.cat([places[places != 0], torch.tensor([0])]).sort().values
+        asked = torch.rand(len(places)) < 0.5
+        asked[torch.randint(len(places), ())] = True
+        batch |= {"places": places, "labels": torch.where(asked, places, -100)}
+
+    def mean(batch):
+        if "places" not in batch:
+            return value.flatten()[batch["input_ids"][:, 0]].mean()
+        ids, labels = batch["input_ids"].flatten()[batch["places"]], batch["labels"]
+        assert torch.equal(ids[labels >= 0], labels[labels >= 0])
+        return value.flatten()[ids[labels >= 0]].mean()
+
+    total, rows = 0.0, []
+    for rank in range(processes):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, "RANK", rank)
+            patch.setattr(train, "PROCESSES", processes)
+            part, share = train.part_of(batch)
+        total += share * mean(part)
+        rows += part["input_ids"][:, 0].tolist() if share else []
+    torch.testing.assert_close(total, mean(batch))
+    assert len(rows) == len(set(rows)) and (asks_words or len(rows) == size)
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+def in_two(words):
+    return [words[0], *TORCHRUN, *words[1:]]
+
+def test_two_processes_end_where_one_does(world):
+    """The batches do not divide by two; the masks are equal up to rounding."""
+    flags = ["--epochs", "6", "--batch-size", "7", "--dropout", "0"]
+    for whole in (command(world, *flags, out="one"), in_two(command(world, *flags, out="two"))):
+        subprocess.run(whole, check=True, capture_output=True, timeout=120)
+    (one, _, ours), (two, _, theirs) = (left_behind(world.folder / out) for out in ("one", "two"))
+    assert len(one) == len(two)
+    for line, other in zip(one[1:-1], two[1:-1], strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], abs=0.02)
+        assert line["lam"] == pytest.approx(other["lam"], rel=1e-5)
+    assert one[-1]["kept"] == two[-1]["kept"]
+    assert one[-1]["metrics"]["accuracy"] == pytest.approx(two[-1]["metrics"]["accuracy"], abs=0.02)
+    same = [np.mean(np.equal(ours[name], theirs[name])) for name in ours]
+    assert np.mean(same) >= 0.98
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="processes are found in /proc")
+def test_a_process_that_dies_takes_the_other_with_it(world):
+    """And the run goes on in one, from its last checkpoint."""
+    flags = ["--epochs", "40", "--dropout", "0"]
+    process = subprocess.Popen(in_two(command(world, *flags)), stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("epoch 3"):
+            break
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert len([line for line in errors.splitlines() if line.startswith("error:")]) <= 1
+    resumed = subprocess.run(command(world, *flags, "--resume"), check=True, capture_output=True,
+                             text=True, timeout=120)
+    assert "resuming    after step" in resumed.stdout
+    assert "processes 1, before 2: last digits may differ" in resumed.stdout
+    assert log_of(world.folder / "run")[-1]["kept"] == log_of(world.folder / "run")[-1]["total"] // 2
+
+def test_torchrun_is_for_training(world, capsys, monkeypatch):
+    monkeypatch.setattr(train, "PROCESSES", 2)
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["--eval", "x"])
+    assert "run in one process, without torchrun" in capsys.readouterr().err
+
 def test_a_terminal_that_lacks_letters_or_goes_away_stops_nothing(world):
     """ASCII alone on one, both ends of the other closed: the run ends as any other."""
     env = os.environ | {"PYTHONIOENCODING": "ascii"}

@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import math
+import os
 import sys
 import textwrap
 import time
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import nn
 
@@ -42,6 +44,66 @@ METHODS = {
     "lock":          ("zeros",     None,        "trained"),  # the mask is the model's own zeros
     "finetune":      (None,        None,        "trained"),  # dense
 }
+
+# ---- Several processes ----------------------------------------------------------------------
+# `torchrun --nproc-per-node 2 train.py ...` starts this program twice. Each process takes its part
+# of every batch, and the gradients are added up. So all have equal scores, and choose equal masks.
+# The first one writes and prints.
+
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+@contextlib.contextmanager
+def joined(device):
+    """Inside, the processes hear each other, on GPUs through NCCL, else through gloo."""
+    if PROCESSES == 1:
+        yield
+        return
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    dist.init_process_group()
+    with contextlib.ExitStack() as stack:
+        if RANK:
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        yield
+    dist.destroy_process_group()
+
+def from_first(x):
+    """What x is in the first process. All wait for it."""
+    if PROCESSES > 1:
+        box = [x]
+        dist.broadcast_object_list(box, device=torch.device("cpu"))
+        return box[0]
+    return x
+
+@contextlib.contextmanager
+def first_alone():
+    """The first process does what is inside; then the others do, and find it done."""
+    if RANK:
+        from_first(None)
+    yield
+    if not RANK:
+        from_first(None)
+
+def add_up(tensors):
+    """Makes each tensor the sum of those of all processes, in place."""
+    if PROCESSES > 1:
+        for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+            work.wait()
+
+def part_of(batch):
+    """This process's part of a batch, and its share of what the batch asks: a mean over the batch
+    is the sum over the parts of share * mean."""
+    size, length = batch["input_ids"].shape
+    first, end = size * RANK // PROCESSES, size * (RANK + 1) // PROCESSES
+    part = {key: x if x is None else x[first:end] for key, x in batch.items()}
+    if "places" in batch:  # of mlm: indices of tokens
+        mine = (batch["places"] >= first * length) & (batch["places"] < end * length)
+        part["places"] = batch["places"][mine] - first * length
+        part["labels"] = batch["labels"][mine]
+    asked, of_all = [(x["labels"] != -100).sum().item() for x in (part, batch)]
+    return (part, asked / of_all) if asked else (batch, 0.0)  # a mean over nothing is nan
 
 # ---- One run --------------------------------------------------------------------------------
 
@@ -101,9 +163,11 @@ class TaskModel:
         """N examples -> logits (N, C), in their order."""
         was_training = self.model.training
         self.model.eval()
-        logits = np.empty((len(examples), len(self.label_ids)), np.float32)
-        for batch in data.batches(examples, 128):
-            logits[batch["index"].numpy()] = self.logits(batch).cpu().numpy()
+        logits = np.zeros((len(examples), len(self.label_ids)), np.float32)
+        for i, batch in enumerate(data.batches(examples, 128)):
+            if i % PROCESSES == RANK:
+                logits[batch["index"].numpy()] = self.logits(batch).cpu().numpy()
+        add_up([torch.from_numpy(logits)])
         self.model.train(was_training)
         if not np.isfinite(logits).all():
             raise FloatingPointError("nan or inf among the logits: the run has diverged")
@@ -126,13 +190,15 @@ class TaskModel:
         """The metrics of mlm, always at the same 15 % of the words. "score" is 1 / perplexity."""
         was_training, generator = self.model.training, torch.Generator().manual_seed(0)
         self.model.eval()
-        hits, loss, n = 0, 0.0, 0
-        for batch in data.batches(examples, 32):
+        sums = torch.zeros(3, dtype=torch.float64)  # words found, loss, words
+        for i, batch in enumerate(data.batches(examples, 32)):
             batch = data.hide_words(batch, self.tokenizer, generator)
-            logits, labels = self.logits(batch), self.on_device(batch["labels"])
-            hits += (logits.argmax(1) == labels).sum().item()
-            loss += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
-            n += len(labels)
+            if i % PROCESSES == RANK:
+                logits, labels = self.logits(batch), self.on_device(batch["labels"])
+                loss = nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+                sums += torch.tensor([(logits.argmax(1) == labels).sum(), loss, len(labels)])
+        add_up([sums])
+        hits, loss, n = sums.tolist()
         self.model.train(was_training)
         if not math.isfinite(loss):
             raise FloatingPointError("nan or inf among the logits: the run has diverged")
@@ -144,9 +210,11 @@ class Run(TaskModel):
 
     def __init__(self, flags):
         s, self.out = settings_of(flags), Path(flags.out)  # n is not known yet
-        task, folder = data.TASKS[s.task], bert.find_pretrained(s.model)
-        if not task.mlm:
-            data.ensure(task, s.data)
+        task = data.TASKS[s.task]
+        with first_alone():  # it may fetch them
+            folder = bert.find_pretrained(s.model)
+            if not task.mlm:
+                data.ensure(task, s.data)
         texts, labels = data.read_split(task, s.data, "train", s.limit)
         positions = bert.read_config(folder / "config.json").max_position_embeddings
         super().__init__(folder, task, settings_of(flags, len(texts), positions))
@@ -208,6 +276,7 @@ class Run(TaskModel):
                   {"params": weights,
                    "peak": s.weight_lr, "warmup": s.steps // 10, "weight_decay": 0.01}]
         groups = [group for group in groups if group["params"]]
+        self.learned = [p for group in groups for p in group["params"]]
         self.optimizer = torch.optim.AdamW(groups, fused=True) if groups else None
         model.train()
 
@@ -235,11 +304,15 @@ class Run(TaskModel):
         """One step of the method. Returns the loss before it, a scalar tensor."""
         s, step = self.s, self.state["step"]
         self.set_masks()
+        batch, share = part_of(batch)  # in one process all of it
+        torch.manual_seed(data.seed_of(s.seed, step, RANK))  # dropout's, so a resumed run has it
 
         logits = self.logits(batch)  # each layer uses W' = W * M
         labels, taught = self.on_device(batch["labels"]), self.teacher(batch)
-        loss = smp.objective(logits, labels, taught, s.temperature, s.teacher_weight)
+        loss = share * smp.objective(logits, labels, taught, s.temperature, s.teacher_weight)
         loss.backward()  # now scores.grad is dL/dW' * W
+        loss = loss.detach()
+        add_up([loss, *(p.grad for p in self.learned if p.grad is not None)])
 
         if s.scores_from == "learned":
             self.state["lam"] = self.find_lambda()
@@ -252,7 +325,7 @@ class Run(TaskModel):
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.state["step"] += 1
-        return loss.detach()
+        return loss
 
     def find_lambda(self):
         """lambda, measured on the task's gradient at the first batch. The first gradients of a
@@ -283,7 +356,8 @@ class Run(TaskModel):
         best = state["best"]["metrics"]["score"] if state["best"] else -math.inf
         if state["step"] >= s.ramp_steps and metrics["score"] > best:
             state["best"] = state["last"]
-            save_result(self, masks)
+            if not RANK:
+                save_result(self, masks)
         return state["last"]
 
 def train(flags):
@@ -293,7 +367,9 @@ def train(flags):
     bit for bit as if nothing had happened (on a GPU as far as its kernels repeat themselves)."""
     started = time.monotonic()
     run = Run(flags)
-    with data.only_run_in(run.out), data.interruptible() as interrupts:
+    alone = contextlib.nullcontext() if RANK else data.only_run_in(run.out)
+    # torchrun passes on a ctrl-C that all have heard already.
+    with alone, data.interruptible(patient=PROCESSES > 1) as interrupts:
         if final := finished_run(flags):  # it ended while this one was loading
             return final
         log = begin(run)
@@ -303,10 +379,12 @@ def train(flags):
         except FloatingPointError as error:
             raise FloatingPointError(f"step {run.state['step']}: {error}; try a smaller learning "
                                      f"rate, or get {run.base}/model.safetensors again") from None
-        final, masks = finish(run, log)
+        final, masks = ({}, {}) if RANK else finish(run, log)
+    final = from_first(final)
     final["seconds"] = round(time.monotonic() - started, 1)
     final["peak_mb"] = round(data.peak_mb(run.s.device))
-    report(run, final, masks)
+    if not RANK:
+        report(run, final, masks)
     return final
 
 def train_loop(run, log, interrupts):
@@ -327,9 +405,11 @@ def train_loop(run, log, interrupts):
                 log("eval", **record, loss=loss.item(), lam=state["lam"])
                 bar.write(f"epoch {record['epoch']:<5.4g} sparsity {record['sparsity']:.4f}  "
                           f"{format_metrics(record['metrics'])}")
-            if interrupts or time.monotonic() > next_checkpoint:
+            stops = bool(interrupts)
+            stops, pauses = from_first((stops, stops or time.monotonic() > next_checkpoint))
+            if pauses and not RANK:
                 next_checkpoint = save_checkpoint(run, log)
-            if interrupts:
+            if stops:
                 raise KeyboardInterrupt
     if state["last"] is None:  # a random mask: there was nothing to learn
         log("eval", **run.evaluate_and_keep_best())
@@ -382,17 +462,21 @@ def finished_run(flags):
 
 def begin(run):
     """Goes on from the checkpoint in the run's folder, or else clears what an earlier run left
-    there. Returns the log."""
+    there. Returns the log, which in all processes but the first takes no notice."""
     path, checkpoint = run.out / "metrics.jsonl", run.out / "checkpoint.safetensors"
     earlier = data.read_log(path) if run.s.resume else []
     if earlier:
         data.compare_settings(path, earlier[0], recorded(run.s))
-    if run.s.resume and checkpoint.exists():
+    resumes = run.s.resume and checkpoint.exists()
+    if resumes:
         load_checkpoint(run, checkpoint)
         print(f"resuming    after step {run.state['step']} of {run.s.steps}")
-    else:
-        if earlier:
-            print("resuming    there is no checkpoint yet: starting over")
+    elif earlier:
+        print("resuming    there is no checkpoint yet: starting over")
+    from_first(None)  # all have read what is there
+    if RANK:
+        return lambda *event, **entry: None
+    if not resumes:
         for name in ("checkpoint.safetensors", *RESULTS):
             (run.out / name).unlink(missing_ok=True)
     log = data.Log(path, run.state["logged"])
@@ -494,8 +578,8 @@ def recorded(s):
     return {key: value for key, value in vars(s).items() if key not in others}
 
 def save_checkpoint(run, log):
-    """Writes all that the next step depends on: what trains, Adam's moments, dropout's generator,
-    lambda. (Masks follow from the scores, an epoch's order from its seed.) Returns the time of the
+    """Writes all that the next step depends on: what trains, Adam's moments, lambda. (Masks follow
+    from the scores, an epoch's order and a step's dropout from the seed.) Returns the time of the
     next one, such that they take at most 2 % of the time of the run."""
     begun = time.monotonic()
     run.state["logged"] = log.mark()
@@ -503,9 +587,6 @@ def save_checkpoint(run, log):
                if p.requires_grad}
     for i, moments in run.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{key}": value for key, value in moments.items()}
-    tensors["rng.cpu"] = torch.get_rng_state()
-    if run.s.device.startswith("cuda"):
-        tensors["rng.cuda"] = torch.cuda.get_rng_state(run.s.device)
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise FloatingPointError("nan or inf in what is being learned: the run has diverged")
     header = {"state": run.state, "settings": recorded(run.s)} | origin(run)
@@ -536,15 +617,12 @@ def load_checkpoint(run, path):
             moments.setdefault(int(i), {})[key] = tensor
     groups = run.optimizer.state_dict()["param_groups"]
     run.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-    torch.set_rng_state(tensors["rng.cpu"])
-    if "rng.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng.cuda"], run.s.device)
 
 def origin(run):
     """What a resumed run must find again (weights, data), and what it had better find."""
     digests = [examples.checksum() for examples in (run.train_set, *run.dev_sets.values())]
     return {"weights": run.fingerprint, "data": " ".join(digests),
-            "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "processes": PROCESSES, "threads": torch.get_num_threads(), "torch": torch.__version__,
             "device": torch.device(run.s.device).type}
 
 # ---- Masks at work --------------------------------------------------------------------------
@@ -824,19 +902,24 @@ def report(run, final, masks):
 def prepare_demo(folder):
     """Writes the made-up task and pre-trains a tiny BERT on its language, unless both are there."""
     files = ("model/model.safetensors", "DEMO/train.tsv", "DEMO/dev.tsv")
-    if not all((folder / name).is_file() for name in files):
+    if from_first(not all((folder / name).is_file() for name in files)):
         print(f"demo        first run: making up a language in {folder}/, pre-training on it")
-        data.write_demo(folder)
+        if not RANK:
+            data.write_demo(folder)
+            write_random_model(folder)
         pretrain(folder)
 
-def pretrain(folder):
-    """A BERT from random weights by the task mlm: folder/corpus.txt -> folder/model."""
+def write_random_model(folder):
     tokenizer = data.load_tokenizer(folder)
     torch.manual_seed(0)
     model = bert.Bert(bert.Config(
         vocab_size=tokenizer.get_vocab_size(), hidden_size=256, num_hidden_layers=2,
         num_attention_heads=4, intermediate_size=1024, max_position_embeddings=128))
     save_model(folder / "random", model, folder)
+
+def pretrain(folder):
+    """folder/random -> folder/model, by the task mlm on folder/corpus.txt."""
+    from_first(None)  # it has written them
     flags = ["--task=mlm", "--mlm-rate=0.3", "--mlm-cls", f"--corpus={folder}/corpus.txt",
              "--method=finetune", f"--model={folder}/random", f"--out={folder}", "--resume",
              "--epochs=2", "--batch-size=64", "--weight-lr=4e-4", "--dropout=0"]
@@ -1082,9 +1165,13 @@ def parse_flags(argv):
     flags.lam = vars(flags).pop("lambda")  # no name in Python
     given = {name for name, x in vars(flags).items() if x is not None and x is not False}
     flags.device = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if flags.device == "cuda" and PROCESSES > 1:
+        flags.device = f"cuda:{os.environ['LOCAL_RANK']}"
     for names, why in useless_flags(flags):
         for name in given.intersection(names):
             p.error(f"{flag_of(name)} has no effect here: {why}")
+    if PROCESSES > 1 and (flags.eval or flags.predict):
+        p.error("--eval and --predict run in one process, without torchrun")
     if flags.task == "mlm" and not (flags.corpus or flags.eval or flags.predict):
         p.error("--task mlm needs --corpus FILE")
     if len(set(flags.seed or ())) < len(flags.seed or ()):
@@ -1145,10 +1232,12 @@ def main(argv=None):
             contextlib.redirect_stderr(data.Unbreakable(sys.stderr)):
         flags = parse_flags(argv)
         try:
-            return run_command(flags)
+            with joined(flags.device):
+                return run_command(flags)
         except KeyboardInterrupt:
-            print("\ninterrupted; with --resume the same command goes on from a checkpoint, if any",
-                  file=sys.stderr)
+            if not RANK:
+                print("\ninterrupted; with --resume the same command goes on from a checkpoint, if "
+                      "any", file=sys.stderr)
             raise SystemExit(130) from None
         except (ValueError, OSError, ArithmeticError, RuntimeError, MemoryError,
                 SafetensorError) as error:
@@ -1157,7 +1246,10 @@ def main(argv=None):
             # A disk that is full says so without saying where.
             nameless = isinstance(error, SafetensorError) or getattr(error, "errno", 0) == 28
             where = f"{flags.out or 'runs'}: " if nameless else ""
-            print(f"error: {where}{data.printable(error)}", file=sys.stderr)
+            if RANK:  # if the first one fails too it says why, and torchrun ends the others
+                time.sleep(2)
+            who = f"process {RANK} of {PROCESSES}: " if PROCESSES > 1 else ""
+            print(f"error: {who}{where}{data.printable(error)}", file=sys.stderr)
             raise SystemExit(2) from None
 
 if __name__ == "__main__":
