@@ -132,6 +132,18 @@ def read_split(task, data_dir, split, limit=None):
         raise ValueError(f"{path}: every label is the same; expected two (see --limit)")
     return texts, None if is_test else np.array(labels, np.float32 if task.regression else np.int64)
 
+def split_off(texts, labels, share):
+    """A share of the examples, the same in every run -> (texts, labels) of the rest, and of it.
+    Raises ValueError where one of the two would be empty."""
+    chosen = np.random.default_rng(0).random(len(texts)) < share
+    if chosen.all() or not chosen.any():
+        raise ValueError(f"--holdout {share:g}: too few examples ({len(texts)}) to split")
+    parts = []
+    for inside in (False, True):
+        where = np.flatnonzero(chosen == inside)
+        parts.append(([texts[i] for i in where], labels[where]))
+    return parts
+
 def read_corpus(path, split):
     """The texts of a corpus, a line each, blank ones left out: the last 5 % are "dev", the others
     "train". Raises FileNotFoundError, and ValueError with file and line."""

@@ -174,16 +174,18 @@ class TaskModel:
         return logits
 
     def evaluate(self, dev_sets):
-        """{metric: value}; those of MNLI's second dev set begin with "mismatched_". "score", their
-        mean, is what the best evaluation is chosen by."""
+        """{metric: value}; those of MNLI's second dev set begin with "mismatched_", those of
+        --holdout with "holdout_". "score", the mean of these if there are, else of all, is what the
+        best evaluation is chosen by."""
         if self.task.mlm:
             return self.evaluate_words(dev_sets["dev"])
-        metrics = {}
+        metrics, prefixes = {}, {"dev_mismatched": "mismatched_", "holdout": "holdout_"}
         for split, examples in dev_sets.items():
-            prefix = "mismatched_" if split == "dev_mismatched" else ""
+            prefix = prefixes.get(split, "")
             found = data.evaluate_metrics(self.task, self.predict(examples), examples.labels)
             metrics |= {prefix + name: value for name, value in found.items()}
-        return metrics | {"score": sum(metrics.values()) / len(metrics)}
+        held_out = [value for name, value in metrics.items() if name.startswith("holdout_")]
+        return metrics | {"score": np.mean(held_out or list(metrics.values())).item()}
 
     @torch.inference_mode()
     def evaluate_words(self, examples):
@@ -216,10 +218,14 @@ class Run(TaskModel):
             if not task.mlm:
                 data.ensure(task, s.data)
         texts, labels = data.read_split(task, s.data, "train", s.limit)
+        if s.holdout:
+            (texts, labels), held_out = data.split_off(texts, labels, s.holdout)
         positions = bert.read_config(folder / "config.json").max_position_embeddings
         super().__init__(folder, task, settings_of(flags, len(texts), positions))
         self.train_set = self.encode(texts, labels)
         self.dev_sets = self.encode_splits(task.dev)
+        if s.holdout:
+            self.dev_sets["holdout"] = self.encode(*held_out)
         self.teacher = self.load_teacher() if s.teacher else lambda batch: None
         torch.manual_seed(s.seed)
         self.make_learnable()
@@ -266,6 +272,7 @@ class Run(TaskModel):
         self.scores = [layer.scores for layer in self.layers.values()]
         for scores in self.scores:
             scores.requires_grad_(s.scores_from == "learned")
+        self.averages = [scores.detach().clone() for scores in self.scores if s.average]
         weights = [p for name, p in model.named_parameters() if is_trained(name, s)]
         self.n_trained = sum(p.numel() for p in weights)
         for p in weights:
@@ -324,6 +331,8 @@ class Run(TaskModel):
             group["lr"] = learning_rate(step, s.steps, peak, warmup, s.hold_steps)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if s.average:
+            smp.average_scores(self.averages, self.scores, s.average)
         self.state["step"] += 1
         return loss
 
@@ -336,6 +345,11 @@ class Run(TaskModel):
             return lam
         return min(lam or math.inf, smp.balanced_lambda(self.scores, s.pull))
 
+    def swap_averages(self):
+        """Exchanges the scores and their running means."""
+        for scores, average in zip(self.scores, self.averages, strict=False):
+            scores.data, average.data = average.data, scores.data
+
     def check_finite(self, loss):
         """Raises FloatingPointError for a loss or scores that are not finite. Waits for a GPU."""
         norm = nn.utils.get_total_norm(self.scores)
@@ -347,7 +361,9 @@ class Run(TaskModel):
         record. Before the target sparsity a mask is denser, so better, and does not count."""
         s = self.s
         state = self.state
+        self.swap_averages()
         self.set_masks()
+        self.swap_averages()
         masks = self.masks()
         with smp.folded(self.layers, masks):
             metrics = self.evaluate(self.dev_sets)
@@ -585,6 +601,7 @@ def save_checkpoint(run, log):
     run.state["logged"] = log.mark()
     tensors = {f"model.{name}": p.detach() for name, p in run.model.named_parameters()
                if p.requires_grad}
+    tensors |= {f"average.{i}": average for i, average in enumerate(run.averages)}
     for i, moments in run.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{key}": value for key, value in moments.items()}
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
@@ -612,6 +629,8 @@ def load_checkpoint(run, path):
         kind, _, name = name.partition(".")
         if kind == "model":
             parameters[name].data.copy_(tensor)
+        elif kind == "average":
+            run.averages[int(name)].copy_(tensor)
         elif kind == "optimizer":
             i, _, key = name.partition(".")
             moments.setdefault(int(i), {})[key] = tensor
@@ -755,9 +774,11 @@ def evaluate_masks(flags):
             metrics = results[path] = mask.evaluate(mask.encode_splits(mask.task.dev))
         name, sparsity = mask.metadata["task"], data.sparsity_of(mask.masks)
         print(f"{path}: {name}, sparsity {sparsity:.4f}, {format_metrics(metrics)}")
+        before = mask.metadata.get("metrics")
         if flags.sparse and not mask.task.mlm:
             mask.compare_speed(mask.task.dev[0])
-        elif metrics != mask.metadata.get("metrics"):
+        elif not isinstance(before, dict) or any(
+                before.get(key) != value for key, value in metrics.items() if key != "score"):
             print("note: its run recorded other numbers; is it other data, device or threads?")
         if flags.export and flags.sparse:
             save_small(folder, mask)
@@ -836,7 +857,7 @@ def predict_masks(flags):
 
 def format_metrics(metrics):
     """Metrics in words; "score" only where it is the mean of several."""
-    says_more = len(metrics) > 2 and "perplexity" not in metrics
+    says_more = len(metrics) > 2 and not {"perplexity", "holdout_accuracy"} & set(metrics)
     return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()
                      if name != "score" or says_more)
 
@@ -888,8 +909,10 @@ def report(run, final, masks):
     if run.s.trains_weights:
         files.append(f"{run.out}/model/")
     print(f"last   epoch {last['epoch']:<5.4g} {format_metrics(last['metrics'])}")
-    print(f"best   epoch {best['epoch']:<5.4g} {format_metrics(best['metrics'])}"
-          "   <- saved; chosen on dev itself, so a little flattering")
+    by = "chosen on dev itself, so a little flattering"
+    if run.s.holdout:
+        by = f"chosen on {run.s.holdout:.0%} of train, held out"
+    print(f"best   epoch {best['epoch']:<5.4g} {format_metrics(best['metrics'])}   <- saved; {by}")
     print("frozen tensors: every one bit-identical to the checkpoint")
     if run.s.scores_from == "zeros":
         print("locked zeros: every one still zero")
@@ -1001,7 +1024,7 @@ def settings_of(flags, n=None, positions=512):
         default(dropout=0.0)
     default(dropout=0.1 if s.trains_weights or s.paper else 0.2 if keeps_most else 0.0)
     if s.scores_from == "learned":
-        default(lr=2e-2, init="zero" if demo or s.paper else "magnitude")
+        default(lr=2e-2, init="zero" if demo or s.paper else "magnitude", average=0.0)
         if s.lam is None and s.pull is None:
             default(lam=400.0) if s.paper else default(pull=0.2 if demo else 1.0)
     else:
@@ -1052,15 +1075,16 @@ def useless_flags(flags):
     if s.task != "mlm":
         yield ["corpus", "mlm_rate", "mlm_cls"], "they are for --task mlm"
     else:
-        yield ["data"], "the texts are in --corpus"
+        yield ["data", "holdout"], "the texts are in --corpus, and its last 5 % are held out"
     if s.scores_from != "learned":
-        yield ["lr", "init", "lam", "pull", "paper"], f"--method {s.method} learns no scores"
+        learning = "lr init lam pull paper average"
+        yield learning.split(), f"--method {s.method} learns no scores"
     if s.scores_from is None:
         yield ["sparsity", "ramp"], f"--method {s.method} removes nothing"
     if s.scores_from == "zeros":
         yield ["sparsity", "ramp"], f"--method {s.method} keeps the zeros of the model"
     if s.scores_from == "random":
-        learning = "epochs batch_size eval_every ramp dropout teacher checkpoint_every"
+        learning = "epochs batch_size eval_every ramp dropout teacher checkpoint_every holdout"
         yield learning.split(), f"--method {s.method} learns nothing"
     if s.rule == "threshold":
         yield ["sparsity"], f"--method {s.method} keeps what is above tau, lambda steers it"
@@ -1126,6 +1150,7 @@ FLAGS = {  # group: flag, kind, what it does. The defaults are decided in settin
         ("--epochs", WHOLE, "default: 12 above 10,000 examples, 100 below 3,000, else 60"),
         ("--batch-size", WHOLE, "default: 64 above 10,000 examples, else 32; less in short runs"),
         ("--limit", WHOLE, "use only the first N training examples"),
+        ("--holdout", number(0, 0.9), "share of train to choose the best by, in place of dev"),
         ("--eval-every", WHOLE, "steps between evaluations (default: an epoch)"),
     ],
     "the method": [
@@ -1137,6 +1162,7 @@ FLAGS = {  # group: flag, kind, what it does. The defaults are decided in settin
         ("--init", {"choices": ["zero", "magnitude"]}, "of scores (default: magnitude)"),
         ("--dropout", SHARE, "default: 0.1 if weights train, 0.2 if half of them stay, else 0"),
         ("--paper", YES, "published --init zero --lambda 400 --dropout 0.1, and batch sizes"),
+        ("--average", number(0, 0.9999), "decay of the scores' mean that decides (default: 0)"),
         ("--tau", SHARE, "the threshold rule keeps where sigmoid(S) > tau (default: 0.1)"),
         ("--temperature", number(1e-3), "of the distillation (default: 2)"),
         ("--teacher-weight", SHARE, "of the distillation, against the task's (default: 0.5)"),
