@@ -1097,7 +1097,8 @@ def useless_flags(flags):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # one line, without the page of usage
-        self.exit(2, f"error: {data.printable(message)}; see python train.py --help\n")
+        line = f"error: {data.printable(message)}; see python train.py --help\n"
+        self.exit(2, "" if RANK else line)
 
 def number(low, high=math.inf, kind=float):
     """The argparse settings of a finite number from low to high."""
