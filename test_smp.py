@@ -18,6 +18,7 @@ import contextlib
 import http.server
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -3030,6 +3031,7 @@ def in_two(words):
 
 def test_two_processes_end_where_one_does(world):
     """The batches do not divide by two; the masks are equal up to rounding."""
+    write_task(world.folder / "glue", dev=300)  # three batches to share out
     flags = ["--epochs", "6", "--batch-size", "7", "--dropout", "0"]
     for whole in (command(world, *flags, out="one"), in_two(command(world, *flags, out="two"))):
         subprocess.run(whole, check=True, capture_output=True, timeout=120)
@@ -3043,19 +3045,28 @@ def test_two_processes_end_where_one_does(world):
     same = [np.mean(np.equal(ours[name], theirs[name])) for name in ours]
     assert np.mean(same) >= 0.98
 
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="processes are found in /proc")
+def started_in_two(world, *flags):
+    """A run of two processes in its third epoch, and the ids of the two."""
+    if not Path("/proc/self").exists():
+        pytest.skip("there is no /proc to find the processes in")
+    run = subprocess.Popen(in_two(command(world, *flags)), stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE, text=True)
+    wait_for(run, "epoch 2")
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    by_rank = {Path(f"/proc/{child}/environ").read_bytes().split(b"\0RANK=")[1][:1]: int(child)
+               for child in children}
+    return run, by_rank[b"0"], by_rank[b"1"]
+
+def wait_for(run, words):
+    assert any(line.startswith(words) for line in run.stdout)
+
 def test_a_process_that_dies_takes_the_other_with_it(world):
     """And the run goes on in one, from its last checkpoint."""
     flags = ["--epochs", "40", "--dropout", "0"]
-    process = subprocess.Popen(in_two(command(world, *flags)), stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("epoch 3"):
-            break
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[1]), signal.SIGKILL)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode != 0
+    run, _, second = started_in_two(world, *flags)
+    os.kill(second, signal.SIGKILL)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode != 0
     assert len([line for line in errors.splitlines() if line.startswith("error:")]) <= 1
     resumed = subprocess.run(command(world, *flags, "--resume"), check=True, capture_output=True,
                              text=True, timeout=120)
@@ -3063,6 +3074,36 @@ def test_a_process_that_dies_takes_the_other_with_it(world):
     assert "processes 1, before 2: last digits may differ" in resumed.stdout
     final = log_of(world.folder / "run")[-1]
     assert final["kept"] == final["total"] // 2
+
+def test_two_processes_stop_at_the_same_step(world):
+    """When the first one hears ctrl-C. What another one hears alone is of no account."""
+    run, first, second = started_in_two(world, "--epochs", "400", "--checkpoint-every", "1000")
+    os.kill(second, signal.SIGINT)
+    wait_for(run, "epoch 6")
+    os.kill(first, signal.SIGINT)
+    _, errors = run.communicate(timeout=60)
+    assert "interrupted; with --resume" in errors and "error:" not in errors
+    assert (world.folder / "run/checkpoint.safetensors").exists()
+
+def test_each_step_and_process_has_its_own_dropout(world, monkeypatch):
+    run, seeds = loaded(world, "--dropout", "0.1"), []
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+    for rank in (0, 1):
+        monkeypatch.setattr(train, "RANK", rank)
+        run.state["step"] = 0
+        for batch in itertools.islice(run.batches(), 3):
+            run.train_step(batch)
+    assert len(seeds) == len(set(seeds)) == 6
+
+def test_only_a_patient_run_overhears_a_second_ctrl_c():
+    with data.interruptible(patient=True) as noted:
+        for _ in range(3):
+            signal.raise_signal(signal.SIGINT)
+        assert noted
+    with pytest.raises(KeyboardInterrupt), data.interruptible() as noted:
+        signal.raise_signal(signal.SIGINT)
+        assert noted
+        signal.raise_signal(signal.SIGINT)
 
 def test_torchrun_is_for_training(world, capsys, monkeypatch):
     monkeypatch.setattr(train, "PROCESSES", 2)
