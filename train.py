@@ -107,6 +107,13 @@ def part_of(batch):
 
 # ---- One run --------------------------------------------------------------------------------
 
+@contextlib.contextmanager
+def without_dropout(model):
+    was_training = model.training
+    model.eval()
+    yield
+    model.train(was_training)
+
 class TaskModel:
     """A BERT with the label words of a task, from a model folder. Task mlm asks for any word."""
 
@@ -161,17 +168,14 @@ class TaskModel:
     @torch.inference_mode()
     def predict(self, examples):
         """N examples -> logits (N, C), in their order."""
-        was_training = self.model.training
-        self.model.eval()
-        logits = np.zeros((len(examples), len(self.label_ids)), np.float32)
-        for i, batch in enumerate(data.batches(examples, 128)):
-            if i % PROCESSES == RANK:
-                logits[batch["index"].numpy()] = self.logits(batch).cpu().numpy()
-        add_up([torch.from_numpy(logits)])
-        self.model.train(was_training)
-        if not np.isfinite(logits).all():
+        logits = torch.zeros(len(examples), len(self.label_ids))
+        with without_dropout(self.model):
+            for batch in itertools.islice(data.batches(examples, 128), RANK, None, PROCESSES):
+                logits[batch["index"]] = self.logits(batch).cpu()
+        add_up([logits])
+        if not logits.isfinite().all():
             raise FloatingPointError("nan or inf among the logits: the run has diverged")
-        return logits
+        return logits.numpy()
 
     def evaluate(self, dev_sets):
         """{metric: value}; those of MNLI's second dev set begin with "mismatched_", those of
@@ -190,18 +194,18 @@ class TaskModel:
     @torch.inference_mode()
     def evaluate_words(self, examples):
         """The metrics of mlm, always at the same 15 % of the words. "score" is 1 / perplexity."""
-        was_training, generator = self.model.training, torch.Generator().manual_seed(0)
-        self.model.eval()
+        generator = torch.Generator().manual_seed(0)
         sums = torch.zeros(3, dtype=torch.float64)  # words found, loss, words
-        for i, batch in enumerate(data.batches(examples, 32)):
-            batch = data.hide_words(batch, self.tokenizer, generator)
-            if i % PROCESSES == RANK:
+        batches = (data.hide_words(batch, self.tokenizer, generator)
+                   for batch in data.batches(examples, 32))
+        with without_dropout(self.model):
+            for batch in itertools.islice(batches, RANK, None, PROCESSES):
                 logits, labels = self.logits(batch), self.on_device(batch["labels"])
-                loss = nn.functional.cross_entropy(logits, labels, reduction="sum").item()
-                sums += torch.tensor([(logits.argmax(1) == labels).sum(), loss, len(labels)])
+                sums[0] += (logits.argmax(1) == labels).sum().item()
+                sums[1] += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+                sums[2] += len(labels)
         add_up([sums])
         hits, loss, n = sums.tolist()
-        self.model.train(was_training)
         if not math.isfinite(loss):
             raise FloatingPointError("nan or inf among the logits: the run has diverged")
         return {"accuracy": hits / n, "perplexity": math.exp(min(loss / n, 700)),
@@ -885,8 +889,8 @@ def introduce(run):
     scores = sum(x.numel() for x in run.scores)
     weights = sum(p.numel() for p in run.model.parameters()) - scores
     frozen = weights - run.n_trained
-    print(f"parameters  {frozen:,} frozen, {run.n_trained:,} trained, {scores:,} scores, one for "
-          "each prunable weight")
+    has_scores = f", {scores:,} scores, one for each prunable weight" if run.s.rule else ""
+    print(f"parameters  {frozen:,} frozen, {run.n_trained:,} trained{has_scores}")
     if run.s.rule == "threshold":
         print(f"note        the rule sets no sparsity: sigmoid(S) > {run.s.tau:g} decides")
 
