@@ -60,6 +60,7 @@ def joined(device):
         return
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
+    from torch import _dynamo  # noqa: F401  an optimizer's; if it came later no group would end
     dist.init_process_group()
     with contextlib.ExitStack() as stack:
         if RANK:
