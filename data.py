@@ -347,7 +347,7 @@ def hide_words(batch, tokenizer, generator, rate=0.15, cls_word=False, everywher
     ids = batch["input_ids"]
     special = torch.tensor(special_ids(tokenizer))
     draw = torch.rand(ids.shape, generator=generator)
-    draw[torch.isin(ids, special)] = 2
+    draw[torch.isin(ids, special)] = 2  # above any rate
     asked = draw <= max(rate, draw.min())  # one word at least
     fate = torch.rand(ids.shape, generator=generator)
     random_ids = torch.randint(tokenizer.get_vocab_size(), ids.shape, generator=generator)
@@ -833,7 +833,7 @@ def only_run_in(folder):
 @contextlib.contextmanager
 def interruptible(patient=False):
     """Inside, a first ctrl-C or SIGTERM is only noted, in the list that it gives, so that no step
-    is torn in two. A second one breaks off at once, unless `patient`."""
+    is torn in two. A second one breaks off at once, unless `patient` (torchrun repeats them)."""
     noted = []
 
     def note(*_):

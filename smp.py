@@ -34,17 +34,18 @@ from torch import nn
 
 # ---- The layer (Eq. 3) ----------------------------------------------------------------------
 class StraightThrough(torch.autograd.Function):
-    """Forward: the mask. Backward: the identity, so a pruned weight can come back."""
+    """Forward: x rounded (scores: to a mask). Backward: the identity, so a pruned weight can return
+    to the mask."""
     @staticmethod
-    def forward(ctx, scores, mask):
-        return mask.to(scores.dtype)
+    def forward(ctx, x, rounded):
+        return rounded.to(x.dtype)
     @staticmethod
     def backward(ctx, grad):
         return grad, None
 
 class MaskedProduct(torch.autograd.Function):
     """F.linear(x, W * M, b). Backward, M counts as S: dL/dS = dL/dW' * W (Eq. 3).
-    W' is made again there, which costs less than to keep it."""
+    W' is made again there, so between the two it takes no memory."""
     @staticmethod
     def forward(ctx, x, W, M, S, b):
         ctx.save_for_backward(x, W, M)
@@ -52,12 +53,13 @@ class MaskedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # dL/dy (..., out)
         x, W, M = ctx.saved_tensors
-        x, rows = x.flatten(0, -2).to(grad.dtype), grad.flatten(0, -2)
+        x, rows = x.flatten(0, -2).to(grad.dtype), grad.flatten(0, -2)  # or bfloat16, by autocast
         need_x, need_W, _, need_S, need_b = ctx.needs_input_grad
         dx = grad @ torch.where(M, W, 0.0).to(grad.dtype) if need_x else None
         db = rows.sum(0) if need_b else None
         dW = (rows.T @ x).to(W.dtype) if need_W or need_S else None  # dL/dW'
-        return dx, dW * M if need_W else None, None, dW.mul_(W) if need_S else None, db
+        dense = dW * M if need_W else None  # before dW is overwritten
+        return dx, dense, None, dW.mul_(W) if need_S else None, db
 
 class MaskedLinear(nn.Module):
     """A linear layer with the weight W' = W * M. It takes dense_weight W (out, in) and bias (out,)

@@ -60,7 +60,8 @@ def joined(device):
         return
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-    from torch import _dynamo  # noqa: F401  an optimizer's; if it came later no group would end
+    # An optimizer imports this. If it did so later, threads would outlive the group and crash.
+    from torch import _dynamo  # noqa: F401
     dist.init_process_group()
     with contextlib.ExitStack() as stack:
         if RANK:
@@ -99,7 +100,7 @@ def part_of(batch):
     size, length = batch["input_ids"].shape
     first, end = size * RANK // PROCESSES, size * (RANK + 1) // PROCESSES
     part = {key: x if x is None else x[first:end] for key, x in batch.items()}
-    if "places" in batch:  # of mlm: indices of tokens
+    if "places" in batch:  # of mlm: K places, indices of tokens, and a label for each
         mine = (batch["places"] >= first * length) & (batch["places"] < end * length)
         part["places"] = batch["places"][mine] - first * length
         part["labels"] = batch["labels"][mine]
@@ -366,7 +367,7 @@ class Run(TaskModel):
         record. Before the target sparsity a mask is denser, so better, and does not count."""
         s = self.s
         state = self.state
-        self.swap_averages()
+        self.swap_averages()  # these masks come from the means
         self.set_masks()
         self.swap_averages()
         masks = self.masks()
@@ -861,8 +862,9 @@ def predict_masks(flags):
 # ---- What a person sees ---------------------------------------------------------------------
 
 def format_metrics(metrics):
-    """Metrics in words; "score" only where it is the mean of several."""
-    says_more = len(metrics) > 2 and not {"perplexity", "holdout_accuracy"} & set(metrics)
+    """Metrics in words; "score" only where it is none of the others."""
+    others = [value for name, value in metrics.items() if name != "score"]
+    says_more = metrics["score"] not in others and "perplexity" not in metrics
     return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()
                      if name != "score" or says_more)
 
