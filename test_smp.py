@@ -3477,7 +3477,7 @@ def test_the_benchmark_needs_no_downloads(benchmark, tmp_path, monkeypatch, caps
     ours, dense = settings
     assert {key for key in ours if ours[key] != dense[key]} == {
         "method", "sparsity", "ramp", "ramp_steps", "scores_from", "rule", "trains_weights",
-        "init", "lam", "pull", "lr", "weight_lr"}  # and nothing else
+        "init", "lam", "pull", "lr", "weight_lr", "average"}  # and nothing else
     text = capsys.readouterr().out
     assert json.loads(text.splitlines()[-1]) == found and not list(tmp_path.iterdir())
     assert found["weights"] == 2 * 12 * 256 * 256 and found["pairs"] >= 5

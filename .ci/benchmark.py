@@ -88,7 +88,7 @@ def both_flags(size, given, folder):
         train.save_model(folder, bert.Bert(config), folder)
         flags.model = flags.data = str(folder)
     dense = argparse.Namespace(**vars(flags) | {"method": "finetune", "paper": False})
-    for name in ("sparsity", "ramp", "lr", "init", "lam", "pull", "tau"):
+    for name in ("sparsity", "ramp", "lr", "init", "lam", "pull", "average", "tau"):
         setattr(dense, name, None)
     dense.dropout = train.settings_of(flags).dropout
     return flags, dense
