@@ -225,7 +225,8 @@ def choose_masks(layers, sparsity, rule="smp-s", tau=0.1):
 def average_scores(averages, scores, decay):
     """Moves running means of the scores on by a step: about the mean of the last 1 / (1 - decay).
     The mask of one step is noisy, since many scores are near the threshold. Their mean is less."""
-    torch._foreach_lerp_(averages, scores, 1 - decay)
+    for average, s in zip(averages, scores, strict=True):
+        average.lerp_(s, 1 - decay)
 
 # ---- Schedule and loss (Eq. 5, 6, 7) --------------------------------------------------------
 def sparsity_at(step, ramp_steps, target):
