@@ -87,9 +87,9 @@ def both_flags(size, given, folder):
                              num_attention_heads=heads, intermediate_size=4 * hidden)
         train.save_model(folder, bert.Bert(config), folder)
         flags.model = flags.data = str(folder)
-    dense = argparse.Namespace(**vars(flags) | {"method": "finetune", "paper": False})
-    for name in ("sparsity", "ramp", "lr", "init", "lam", "pull", "average", "tau"):
-        setattr(dense, name, None)
+    dense = argparse.Namespace(**vars(flags) | {"method": "finetune"})
+    for name in [name for names, _ in train.useless_flags(dense) for name in names]:
+        setattr(dense, name, getattr(train.parse_flags([]), name))
     dense.dropout = train.settings_of(flags).dropout
     return flags, dense
 

@@ -1,48 +1,65 @@
-"""The README's table and figure, from the logs of runs alone:
+"""The README's tables and figure, from the logs of runs alone:
 
     python .ci/study.py FOLDER_OF_RUNS          # the figure needs matplotlib
 
-A row is the mean of the last evaluation over the seeds, with the sample standard deviation. Then
-come differences between rows, paired by seed, with their 95 % interval by Student's t.
+A number is the mean over seeds of the last evaluation on dev, with the sample standard deviation.
+A difference is paired by seed: its mean, with the 95 % interval of Student's t.
 """
 
 import itertools
 import json
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 NAMES = {"sst2": "SST-2", "mrpc": "MRPC", "cola": "CoLA", "stsb": "STS-B"}
 LOOKS = {
+    "finetune": ("#333333", "*"),
     "smp-s": ("#7a3fb0", "o"),
-    "smp-s, taught by teacher": ("#c58be8", "D"),
     "smp-l": ("#2f7fb8", "s"),
     "movement": ("#d07c1f", "^"),
     "magnitude": ("#5f5f58", "v"),
-    "threshold": ("#b03a3a", "x"),
 }
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+
+class Row(NamedTuple):
+    """What a row's runs have in common; they differ in their seeds."""
+    task: str
+    limit: int  # 0: all examples
+    epochs: int
+    steps: int
+    method: str  # with what sets it apart
+    removed: float  # in percent
+
+    @property
+    def length(self):
+        examples = f"{self.limit:,} × " if self.limit else ""
+        return f"{examples}{self.epochs} epochs, {self.steps:,} steps"
 
 def read_runs(folder):
-    """{(task, its length, what differs, percent kept): {seed: metrics}} of all complete runs."""
+    """{Row: {seed: metrics}} of all complete runs."""
     found = defaultdict(dict)
     for path in sorted(Path(folder).glob("*/metrics.jsonl")):
         lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
         settings, final = lines[0], lines[-1]
         if final["event"] == "final" and settings["task"] in NAMES:
-            kept = round(100 * (1 - final["last"]["sparsity"]), 1)
-            metrics = {k: v for k, v in final["last"]["metrics"].items() if k != "score"}
-            key = settings["task"], length(settings), describe(settings), kept
-            seed = settings["seed"]
-            if seed in found[key]:
-                raise SystemExit(f"error: {path}: a second run of seed {seed} of {key}")
-            found[key][seed] = metrics
-    return found
+            row = Row(settings["task"], settings["limit"] or 0, settings["epochs"],
+                      settings["steps"], describe(settings),
+                      round(100 * final["last"]["sparsity"], 1))
+            if settings["seed"] in found[row]:
+                raise SystemExit(f"error: {path}: a second run of seed {settings['seed']} of {row}")
+            found[row][settings["seed"]] = metrics_of(final)
+    return dict(sorted(found.items()))
 
-def length(settings):
-    examples = f"{settings['limit']:,} × " if settings["limit"] else ""
-    return f"{examples}{settings['epochs']} epochs, {settings['steps']:,} steps"
+def metrics_of(final):
+    return {name: value for name, value in final["last"]["metrics"].items() if name != "score"}
+
+def first(metrics):
+    """The metric that is compared and drawn."""
+    return next(iter(metrics.values()))
 
 def describe(settings):
     """A method, and what sets a run of it apart."""
@@ -56,70 +73,106 @@ def describe(settings):
     if settings.get("int8"):
         parts.append("8 bits")
     if settings.get("average"):
-        parts.append(f"average {settings['average']}")
+        parts.append(f"average {settings['average']:g}")
     return ", ".join(parts)
 
 def spread(values):
     std = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
     return f"{np.mean(values):.3f}{std}"
 
-def print_table(found):
-    print("| task | length | method | kept | dev | n |\n|---|---|---|---|---|---|")
-    for (task, size, method, kept), seeds in sorted(found.items()):
-        names = next(iter(seeds.values()))
-        cells = " / ".join(spread([metrics[name] for metrics in seeds.values()]) for name in names)
-        print(f"| {NAMES[task]} | {size} | {method} | {kept:g} % | {cells} | {len(seeds)} |")
+def cell(seeds):
+    """Each metric of a row, and how many seeds it is from."""
+    names = next(iter(seeds.values()))
+    values = " / ".join(spread([metrics[name] for metrics in seeds.values()]) for name in names)
+    return f"{values} ({len(seeds)})"
 
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+def usual_runs(found):
+    """{task: {(method, removed): seeds}} of each task's length that has the most runs."""
+    runs, usual = defaultdict(Counter), {}
+    for row, seeds in found.items():
+        runs[row.task][row.length] += len(seeds)
+    for task in sorted(runs, key=list(NAMES).index):
+        length = runs[task].most_common(1)[0][0]
+        usual[task] = {(row.method, row.removed): seeds for row, seeds in found.items()
+                       if (row.task, row.length) == (task, length)}
+        print(f"{NAMES[task]}: {length}")
+    return usual
+
+def print_table(usual):
+    """Methods down, tasks across."""
+    print("\n| method | removed |" + "".join(f" {NAMES[task]} |" for task in usual))
+    print("|---|---|" + "---|" * len(usual))
+    for method, removed in sorted({which for rows in usual.values() for which in rows}):
+        cells = [cell(rows[method, removed]) if (method, removed) in rows else ""
+                 for rows in usual.values()]
+        print(f"| {method} | {removed:g} % | " + " | ".join(cells) + " |")
+
+def print_other_lengths(found, usual):
+    print("\n| task | length | method | removed | dev |\n|---|---|---|---|---|")
+    for row, seeds in found.items():
+        if usual[row.task].get((row.method, row.removed)) is not seeds:
+            print(f"| {NAMES[row.task]} | {row.length} | {row.method} | {row.removed:g} % "
+                  f"| {cell(seeds)} |")
 
 def print_differences(found):
-    """Of any two methods on the same task, length and share kept: first metric, paired by seed."""
-    print("\n| task | length | kept | difference | mean | 95 % | n |\n|" + 7 * "---|")
-    for (one, ours), (other, theirs) in itertools.combinations(sorted(found.items()), 2):
+    """Of any two rows of a length that remove as much, and of each one and dense fine-tuning."""
+    print("\n| task | length | difference | removed | mean | 95 % | n |\n" + "|---" * 7 + "|")
+    for (one, ours), (other, theirs) in itertools.permutations(found.items(), 2):
         seeds = sorted(ours.keys() & theirs.keys())
-        if (one[:2], one[3]) != (other[:2], other[3]) or len(seeds) not in T95:
+        comparable = other.method == "finetune" or (one.removed == other.removed and one < other)
+        if one[:4] != other[:4] or not comparable or len(seeds) not in T95:
             continue
-        name = next(iter(ours[seeds[0]]))
-        differences = [ours[seed][name] - theirs[seed][name] for seed in seeds]
+        differences = [first(ours[seed]) - first(theirs[seed]) for seed in seeds]
         half = T95[len(seeds)] * np.std(differences, ddof=1) / np.sqrt(len(seeds))
-        print(f"| {NAMES[one[0]]} | {one[1]} | {one[3]:g} % | {one[2]} - {other[2]} "
-              f"| {np.mean(differences):+.4f} | ± {half:.4f} | {len(seeds)} |")
+        print(f"| {NAMES[one.task]} | {one.length} | {one.method} - {other.method} "
+              f"| {one.removed:g} % | {np.mean(differences):+.4f} | ± {half:.4f} | {len(seeds)} |")
 
-def draw(found, path):
+def plot(ax, points, method, label):
+    """points: (x, seeds). Means, with bars of a standard deviation."""
+    xs, all_seeds = zip(*sorted(points, key=lambda point: point[0]), strict=True)
+    values = [[first(metrics) for metrics in seeds.values()] for seeds in all_seeds]
+    errors = [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values]
+    colour, marker = LOOKS[method]
+    ax.errorbar(xs, [np.mean(v) for v in values], errors, color=colour, marker=marker, capsize=3,
+                lw=1.5, label=label)
+
+def draw(found, usual, path):
+    """Of the first task: what is left at each sparsity, and what more epochs bring."""
     import matplotlib
     matplotlib.use("svg")
     matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
+    matplotlib.rcParams["svg.hashsalt"] = "study"  # equal logs make an equal file
     from matplotlib import pyplot as plt
 
-    # Two points make no curve.
-    tasks = [task for task in NAMES if len({kept for t, _, _, kept in found if t == task}) > 2]
-    figure, axes = plt.subplots(1, len(tasks), figsize=(6.4 * len(tasks), 4), squeeze=False)
-    for task, ax in zip(tasks, axes[0], strict=True):
-        for method, (colour, marker) in LOOKS.items():
-            points = sorted((kept, [next(iter(metrics.values())) for metrics in seeds.values()])
-                            for (t, _, m, kept), seeds in found.items() if (t, m) == (task, method))
-            if points:
-                kept, values = zip(*points, strict=True)
-                errors = [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values]
-                ax.errorbar(kept, [np.mean(v) for v in values], errors, color=colour,
-                            marker=marker, capsize=3, lw=1.5, label=method)
-        for (t, _, m, _), seeds in found.items():
-            if (t, m) == (task, "finetune"):
-                dense = np.mean([next(iter(metrics.values())) for metrics in seeds.values()])
-                ax.axhline(dense, color="#333", lw=1, ls="--", label="dense fine-tuning")
-        ax.set(title=NAMES[task], xlabel="weights kept, %", ylabel="dev", xscale="log")
-        ax.set_xticks([3, 10, 20, 50], ["3", "10", "20", "50"])
+    task = next(iter(usual))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+    for method in LOOKS:
+        points = [(100 - removed, seeds) for (m, removed), seeds in usual[task].items()
+                  if m == method]
+        if points:
+            plot(left, points, method, method)
+        longer = [(row.epochs, seeds) for row, seeds in found.items()
+                  if row.task == task and row.method == method and row.removed in (0, 90)]
+        if len(longer) > 2:
+            plot(right, longer, method, f"{method}, {'all' if method == 'finetune' else '10 %'}")
+    left.set(title=NAMES[task], xlabel="weights kept, %", ylabel="dev", xscale="log")
+    left.set_xticks([3, 10, 20, 50, 100], ["3", "10", "20", "50", "100"])
+    right.set(title=f"{NAMES[task]}, longer", xlabel="epochs", xscale="log")
+    right.set_xticks([3, 6, 12, 24], ["3", "6", "12", "24"])
+    for ax in (left, right):
         ax.minorticks_off()
         ax.grid(alpha=0.25)
         ax.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None})
 
 def main():
     found = read_runs(sys.argv[1])
-    print_table(found)
+    usual = usual_runs(found)
+    print_table(usual)
+    print_other_lengths(found, usual)
     print_differences(found)
-    draw(found, Path(__file__).parents[1] / ".github/study.svg")
+    draw(found, usual, Path(__file__).parents[1] / ".github/study.svg")
 
 if __name__ == "__main__":
     main()
