@@ -23,6 +23,7 @@ LOOKS = {
     "movement": ("#d07c1f", "^"),
     "magnitude": ("#5f5f58", "v"),
 }
+USUAL = {"lr": 2e-2, "pull": 1.0, "ramp": 0.5, "holdout": None, "average": None}
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
 class Row(NamedTuple):
@@ -72,8 +73,10 @@ def describe(settings):
         parts.append("zero start")
     if settings.get("int8"):
         parts.append("8 bits")
-    if settings.get("average"):
-        parts.append(f"average {settings['average']:g}")
+    dropout = 0.1 if settings["trains_weights"] else 0.2 if settings["sparsity"] <= 0.5 else 0.0
+    for name, usual in (USUAL | {"dropout": dropout}).items():
+        if settings.get(name) and settings[name] != usual:
+            parts.append(f"{name} {settings[name]:g}")
     return ", ".join(parts)
 
 def spread(values):
@@ -162,7 +165,8 @@ def draw(found, usual, path):
     for ax in (left, right):
         ax.minorticks_off()
         ax.grid(alpha=0.25)
-        ax.legend(fontsize=8)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
 
