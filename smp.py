@@ -221,13 +221,6 @@ def choose_masks(layers, sparsity, rule="smp-s", tau=0.1):
         for name, mask in _search_stacked(scores, counts).items():
             layers[name].mask = mask
 
-@torch.no_grad()
-def average_scores(averages, scores, decay):
-    """Moves running means of the scores on by a step: about the mean of the last 1 / (1 - decay).
-    The mask of one step is noisy, since many scores are near the threshold. Their mean is less."""
-    for average, s in zip(averages, scores, strict=True):
-        average.lerp_(s, 1 - decay)
-
 # ---- Schedule and loss (Eq. 5, 6, 7) --------------------------------------------------------
 def sparsity_at(step, ramp_steps, target):
     """The sparsity v_t at step t, with N ramp_steps and the target v_f (Eq. 5):

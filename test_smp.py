@@ -2905,55 +2905,7 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_go_on(world, number):
     subprocess.run(command(world, out="whole"), check=True, capture_output=True, timeout=120)
     assert left_behind(world.folder / "run") == left_behind(world.folder / "whole")
 
-# ---- averaged scores, and a part of train held out
-
-@given(st.integers(1, 4), st.floats(0, 0.9999), st.integers(0, 2**32))
-def test_running_means_follow_their_definition(n, decay, seed):
-    torch.manual_seed(seed)
-    steps = [[torch.randn(2, 3) for _ in range(n)] for _ in range(5)]
-    averages = [s.clone() for s in steps[0]]
-    expected = [s.double() for s in steps[0]]
-    for scores in steps[1:]:
-        smp.average_scores(averages, scores, decay)
-        expected = [decay * a + (1 - decay) * s for a, s in zip(expected, scores, strict=True)]
-    for found, mean in zip(averages, expected, strict=True):
-        torch.testing.assert_close(found.double(), mean, rtol=1e-5, atol=1e-6)
-
-def test_averaging_changes_the_mask_and_not_the_training(world, monkeypatch):
-    """The mask is chosen by the running means of the scores after each step; the losses are those
-    of a run without."""
-    world("--sparsity", "0.7", out="raw")
-    decay, seen = 0.9, []
-    real = train.Run.train_step
-
-    def watched(run, batch):
-        loss = real(run, batch)
-        seen.append({name: layer.scores.detach().clone() for name, layer in run.layers.items()})
-        return loss
-
-    monkeypatch.setattr(train.Run, "train_step", watched)
-    begun = loaded(world, "--sparsity", "0.7")
-    means = {name: layer.scores.detach().clone() for name, layer in begun.layers.items()}
-    world("--sparsity", "0.7", "--average", str(decay))
-    for scores in seen:
-        means = {name: decay * means[name] + (1 - decay) * scores[name] for name in means}
-    counts = smp.keep_counts(means, 0.7)
-    lines, raw = log_of(world.folder / "run"), log_of(world.folder / "raw")
-    assert lines[-1]["best"]["step"] == len(seen)  # the mask that is saved is the last
-    masks = data.load_masks(world.folder / "run/mask.safetensors")[0]
-    raw_masks = data.load_masks(world.folder / "raw/mask.safetensors")[0]
-    for name, mask in masks.items():
-        expected = smp.topk_mask(means[name], int(counts[name])).bool()
-        assert (mask == expected).float().mean() > 0.99
-    assert any(not torch.equal(mask, raw_masks[name]) for name, mask in masks.items())
-    assert [x["loss"] for x in lines if "loss" in x] == [x["loss"] for x in raw if "loss" in x]
-
-def test_a_run_with_averages_resumes_bit_for_bit(world, monkeypatch):
-    flags = ["--average", "0.9", "--checkpoint-every", "0"]
-    break_off(world, 45, monkeypatch, *flags)
-    world(*flags, "--resume")
-    world(*flags, out="whole")
-    assert left_behind(world.folder / "run") == left_behind(world.folder / "whole")
+# ---- a part of train held out
 
 @given(st.integers(2, 60), st.floats(0.01, 0.9))
 def test_what_is_held_out_is_the_same_every_time(n, share):
@@ -3477,7 +3429,7 @@ def test_the_benchmark_needs_no_downloads(benchmark, tmp_path, monkeypatch, caps
     ours, dense = settings
     assert {key for key in ours if ours[key] != dense[key]} == {
         "method", "sparsity", "ramp", "ramp_steps", "scores_from", "rule", "trains_weights",
-        "init", "lam", "pull", "lr", "weight_lr", "average"}  # and nothing else
+        "init", "lam", "pull", "lr", "weight_lr"}  # and nothing else
     text = capsys.readouterr().out
     assert json.loads(text.splitlines()[-1]) == found and not list(tmp_path.iterdir())
     assert found["weights"] == 2 * 12 * 256 * 256 and found["pairs"] >= 5

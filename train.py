@@ -278,7 +278,6 @@ class Run(TaskModel):
         self.scores = [layer.scores for layer in self.layers.values()]
         for scores in self.scores:
             scores.requires_grad_(s.scores_from == "learned")
-        self.averages = [scores.detach().clone() for scores in self.scores if s.average]
         weights = [p for name, p in model.named_parameters() if is_trained(name, s)]
         self.n_trained = sum(p.numel() for p in weights)
         for p in weights:
@@ -337,8 +336,6 @@ class Run(TaskModel):
             group["lr"] = learning_rate(step, s.steps, peak, warmup, s.hold_steps)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if s.average:
-            smp.average_scores(self.averages, self.scores, s.average)
         self.state["step"] += 1
         return loss
 
@@ -351,11 +348,6 @@ class Run(TaskModel):
             return lam
         return min(lam or math.inf, smp.balanced_lambda(self.scores, s.pull))
 
-    def swap_averages(self):
-        """Exchanges the scores and their running means."""
-        for scores, average in zip(self.scores, self.averages, strict=False):
-            scores.data, average.data = average.data, scores.data
-
     def check_finite(self, loss):
         """Raises FloatingPointError for a loss or scores that are not finite. Waits for a GPU."""
         norm = nn.utils.get_total_norm(self.scores)
@@ -367,9 +359,7 @@ class Run(TaskModel):
         record. Before the target sparsity a mask is denser, so better, and does not count."""
         s = self.s
         state = self.state
-        self.swap_averages()  # these masks come from the means
         self.set_masks()
-        self.swap_averages()
         masks = self.masks()
         with smp.folded(self.layers, masks):
             metrics = self.evaluate(self.dev_sets)
@@ -607,7 +597,6 @@ def save_checkpoint(run, log):
     run.state["logged"] = log.mark()
     tensors = {f"model.{name}": p.detach() for name, p in run.model.named_parameters()
                if p.requires_grad}
-    tensors |= {f"average.{i}": average for i, average in enumerate(run.averages)}
     for i, moments in run.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{key}": value for key, value in moments.items()}
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
@@ -635,8 +624,6 @@ def load_checkpoint(run, path):
         kind, _, name = name.partition(".")
         if kind == "model":
             parameters[name].data.copy_(tensor)
-        elif kind == "average":
-            run.averages[int(name)].copy_(tensor)
         elif kind == "optimizer":
             i, _, key = name.partition(".")
             moments.setdefault(int(i), {})[key] = tensor
@@ -1031,7 +1018,7 @@ def settings_of(flags, n=None, positions=512):
         default(dropout=0.0)
     default(dropout=0.1 if s.trains_weights or s.paper else 0.2 if keeps_most else 0.0)
     if s.scores_from == "learned":
-        default(lr=2e-2, init="zero" if demo or s.paper else "magnitude", average=0.0)
+        default(lr=2e-2, init="zero" if demo or s.paper else "magnitude")
         if s.lam is None and s.pull is None:
             default(lam=400.0) if s.paper else default(pull=0.2 if demo else 1.0)
     else:
@@ -1084,7 +1071,7 @@ def useless_flags(flags):
     else:
         yield ["data", "holdout"], "the texts are in --corpus, and its last 5 % are held out"
     if s.scores_from != "learned":
-        learning = "lr init lam pull paper average"
+        learning = "lr init lam pull paper"
         yield learning.split(), f"--method {s.method} learns no scores"
     if s.scores_from is None:
         yield ["sparsity", "ramp"], f"--method {s.method} removes nothing"
@@ -1170,7 +1157,6 @@ FLAGS = {  # group: flag, kind, what it does. The defaults are decided in settin
         ("--init", {"choices": ["zero", "magnitude"]}, "of scores (default: magnitude)"),
         ("--dropout", SHARE, "default: 0.1 if weights train, 0.2 if half of them stay, else 0"),
         ("--paper", YES, "published --init zero --lambda 400 --dropout 0.1, and batch sizes"),
-        ("--average", number(0, 0.9999), "decay of the scores' mean that decides (default: 0)"),
         ("--tau", SHARE, "the threshold rule keeps where sigmoid(S) > tau (default: 0.1)"),
         ("--temperature", number(1e-3), "of the distillation (default: 2)"),
         ("--teacher-weight", SHARE, "of the distillation, against the task's (default: 0.5)"),

@@ -23,7 +23,7 @@ LOOKS = {
     "movement": ("#d07c1f", "^"),
     "magnitude": ("#5f5f58", "v"),
 }
-USUAL = {"lr": 2e-2, "pull": 1.0, "ramp": 0.5, "holdout": None, "average": None}
+USUAL = {"lr": 2e-2, "pull": 1.0, "ramp": 0.5, "holdout": None}
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
 class Row(NamedTuple):
@@ -130,17 +130,18 @@ def print_differences(found):
         print(f"| {NAMES[one.task]} | {one.length} | {one.method} - {other.method} "
               f"| {one.removed:g} % | {np.mean(differences):+.4f} | ± {half:.4f} | {len(seeds)} |")
 
-def plot(ax, points, method, label):
+def plot(ax, points, method):
     """points: (x, seeds). Means, with bars of a standard deviation."""
     xs, all_seeds = zip(*sorted(points, key=lambda point: point[0]), strict=True)
     values = [[first(metrics) for metrics in seeds.values()] for seeds in all_seeds]
     errors = [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values]
     colour, marker = LOOKS[method]
     ax.errorbar(xs, [np.mean(v) for v in values], errors, color=colour, marker=marker, capsize=3,
-                lw=1.5, label=label)
+                lw=1.5, label=method)
 
 def draw(found, usual, path):
-    """Of the first task: what is left at each sparsity, and what more epochs bring."""
+    """Of the first task: what is left at each sparsity and, if there are runs, what more epochs
+    bring."""
     import matplotlib
     matplotlib.use("svg")
     matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
@@ -148,25 +149,26 @@ def draw(found, usual, path):
     from matplotlib import pyplot as plt
 
     task = next(iter(usual))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
-    for method in LOOKS:
-        points = [(100 - removed, seeds) for (m, removed), seeds in usual[task].items()
-                  if m == method]
-        if points:
-            plot(left, points, method, method)
-        longer = [(row.epochs, seeds) for row, seeds in found.items()
-                  if row.task == task and row.method == method and row.removed in (0, 90)]
-        if len(longer) > 2:
-            plot(right, longer, method, f"{method}, {'all' if method == 'finetune' else '10 %'}")
-    left.set(title=NAMES[task], xlabel="weights kept, %", ylabel="dev", xscale="log")
-    left.set_xticks([3, 10, 20, 50, 100], ["3", "10", "20", "50", "100"])
-    right.set(title=f"{NAMES[task]}, longer", xlabel="epochs", xscale="log")
-    right.set_xticks([3, 6, 12, 24], ["3", "6", "12", "24"])
-    for ax in (left, right):
+    kept, epochs = defaultdict(list), defaultdict(list)
+    for (method, removed), seeds in usual[task].items():
+        kept[method].append((100 - removed, seeds))
+    for row, seeds in found.items():
+        if row.task == task and row.removed in (0, 90):
+            epochs[row.method].append((row.epochs, seeds))
+    epochs = {method: points for method, points in epochs.items() if len(points) > 2}
+    panels = [("weights kept, %", kept, (3, 10, 20, 50, 100)),
+              ("epochs, all weights or 10 %", epochs, (3, 6, 12, 24))]
+    panels = [panel for panel in panels if panel[1]]
+    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4), squeeze=False)
+    for (label, curves, ticks), ax in zip(panels, axes[0], strict=True):
+        for method in LOOKS:
+            if method in curves:
+                plot(ax, curves[method], method)
+        ax.set(title=NAMES[task], xlabel=label, ylabel="dev", xscale="log")
+        ax.set_xticks(ticks, [str(tick) for tick in ticks])
         ax.minorticks_off()
         ax.grid(alpha=0.25)
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend(fontsize=8)
+        ax.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
 
