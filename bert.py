@@ -275,7 +275,7 @@ def load_pretrained(folder):
     path = Path(folder) / "model.safetensors"
     config = read_config(path.with_name("config.json"))
     state, found_as = _read_tensors(path)
-    # A number of layers that the file does not hold could take minutes to build.
+    # Even without weights, a number of layers that the file does not hold could take minutes.
     held = {name.split(".")[1] for name in state if name.startswith("layers.")}
     if config.num_hidden_layers > len(held):
         raise ValueError(f"{path}: holds {len(held)} layers; config.json says num_hidden_layers "

@@ -2,9 +2,9 @@
 
 TASKS holds all that differs between the nine tasks (and the demo, a tenth). A task becomes texts
 (read_split), texts become token ids (encode), ids become batches of about equal length (batches),
-and logits become the numbers that GLUE reports (evaluate_metrics). Then come the mask file, the
-downloads, what makes files and the terminal safe, and the demo's language. `reading(path)` makes
-an error name the file; `whole(path)` writes a file whole or not at all.
+and logits become the numbers that GLUE reports (evaluate_metrics). Then come the mask file, models
+in few bytes, the downloads, what makes files and the terminal safe, and the demo's language.
+`reading(path)` makes an error name the file; `whole(path)` writes a file whole or not at all.
 
 Letters: N examples, B batch, T tokens of the longest member of a batch, C classes.
 """
@@ -86,7 +86,7 @@ TASKS = {
                  ("accuracy",), archive="WNLI"),
     "demo": Task("DEMO", ("sentence",), "label", ("0", "1"), ("terrible", "great"),
                  ("accuracy",)),
-    "mlm": Task("", (), "", (), (), ("accuracy", "perplexity"), test=()),
+    "mlm": Task("", (), "", (), (), ("accuracy", "perplexity"), test=()),  # computed by train.py
 }
 
 # ---- TSV files ------------------------------------------------------------------------------
@@ -320,9 +320,9 @@ def _batch(encoded, index, lengths):
             "labels": None if encoded.labels is None else torch.from_numpy(encoded.labels[index])}
 
 def training_batches(encoded, s, step=0, change=None):
-    """The batches of s.epochs epochs, from a step on; s has batch_size and seed. Each epoch has its
-    own generator, so a resumed run finds its order again; `change(batch, generator)` draws from it
-    too."""
+    """The batches of all epochs, from a step on; s has epochs, batch_size and seed. Each epoch has
+    its own generator, so a resumed run finds its order again; `change(batch, generator)` draws from
+    it too."""
     epoch, done = divmod(step, math.ceil(len(encoded) / s.batch_size))
     for number in range(epoch, s.epochs):
         generator = torch.Generator().manual_seed(seed_of(s.seed, number))

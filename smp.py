@@ -45,7 +45,7 @@ class StraightThrough(torch.autograd.Function):
 
 class MaskedProduct(torch.autograd.Function):
     """F.linear(x, W * M, b). Backward, M counts as S: dL/dS = dL/dW' * W (Eq. 3).
-    W' is made again there, so between the two it takes no memory."""
+    W' is made again there, so between the two it takes no memory. S is here for its gradient."""
     @staticmethod
     def forward(ctx, x, W, M, S, b):
         ctx.save_for_backward(x, W, M)
@@ -53,13 +53,14 @@ class MaskedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # dL/dy (..., out)
         x, W, M = ctx.saved_tensors
-        x, rows = x.flatten(0, -2).to(grad.dtype), grad.flatten(0, -2)  # or bfloat16, by autocast
+        # Under autocast grad is bfloat16.
+        x, rows = x.flatten(0, -2).to(grad.dtype), grad.flatten(0, -2)
         need_x, need_W, _, need_S, need_b = ctx.needs_input_grad
         dx = grad @ torch.where(M, W, 0.0).to(grad.dtype) if need_x else None
         db = rows.sum(0) if need_b else None
         dW = (rows.T @ x).to(W.dtype) if need_W or need_S else None  # dL/dW'
-        dense = dW * M if need_W else None  # before dW is overwritten
-        return dx, dense, None, dW.mul_(W) if need_S else None, db
+        grad_W = dW * M if need_W else None  # before dW is overwritten
+        return dx, grad_W, None, dW.mul_(W) if need_S else None, db
 
 class MaskedLinear(nn.Module):
     """A linear layer with the weight W' = W * M. It takes dense_weight W (out, in) and bias (out,)
@@ -81,7 +82,7 @@ class MaskedLinear(nn.Module):
             return self.folded_weight
         return self.masked_weight(self.mask)
 
-    def masked_weight(self, mask):
+    def masked_weight(self, mask):  # the definition; MaskedProduct is equal, and takes less memory
         W, M = self.dense_weight, StraightThrough.apply(self.scores, mask)
         if not self.int8:
             return W * M
@@ -188,8 +189,9 @@ def capped_shares(sizes, R, keep):
         capped_shares([10, 10, 10], [6, 2, 1], 0.6)  ->  [10, 5.3, 2.7]"""
     largest, order = R.sort(descending=True, stable=True)
     n = sizes[order]
-    # With the j largest kept whole the others share the rest: a c for each j. The sum wanted is
-    # the least over j of whole + c * others, so the c wanted is the largest.
+    # With the j largest kept whole the others share the rest: a c for each j. The sum for a c is
+    # the least over j of whole + c * others, so the c wanted is the largest. (In the example they
+    # are .2, .27 and -.2 for j = 0, 1, 2: with c = .27 one matrix is kept whole.)
     whole = n.cumsum(0) - n
     others = (n * largest).flip(0).cumsum(0).flip(0)
     c = ((keep * n.sum() - whole) / others).amax()
@@ -211,7 +213,7 @@ def _sizes(scores):
 @torch.no_grad()
 def choose_masks(layers, sparsity, rule="smp-s", tau=0.1):
     """Sets the mask of each of {name: MaskedLinear}: topk_mask of its scores and its count.
-    It need not notice a nan: a GPU would make the host wait for that, at every step."""
+    It may miss a nan: to look for one, at every step, would make the host wait for a GPU."""
     scores = {name: layer.scores for name, layer in layers.items()}
     counts = keep_counts(scores, sparsity, rule, tau)
     if all(s.device.type == "cpu" for s in scores.values()):
@@ -231,8 +233,9 @@ def sparsity_at(step, ramp_steps, target):
 
 def regularizer(scores):
     """The mean of R(S) over a list of score matrices, a scalar in (0, 1) (Eq. 6).
-    It pulls all scores down, soon below 0. There sigmoid' grows with S, so it pulls kept ones
-    harder: the mask stays in motion, and a weight stays only if the task keeps asking for it."""
+    It pulls all scores down, soon below 0. There the slope of sigmoid grows with S, so it pulls
+    kept ones harder: the mask stays in motion, and a weight stays only if the task keeps asking
+    for it."""
     return sum(importance(s) for s in scores) / len(scores)
 
 @torch.no_grad()

@@ -2,9 +2,10 @@
 
     python train.py --task mrpc --sparsity 0.9
 
-Read from the top: the methods; one run; what it leaves on disk; masks at work; the report; the
-demo; and last defaults, flags and main. The method is in smp.py, the network in bert.py, the data
-in data.py. `s` is always the settings of a run, from settings_of.
+Read from the top: the methods; several processes (to be skipped at first); one run; what it leaves
+on disk; masks at work; the report; the demo; and last defaults, flags and main. The method is in
+smp.py, the network in bert.py, the data in data.py. `s` is always the settings of a run, from
+settings_of.
 """
 
 import argparse
@@ -217,7 +218,7 @@ class Run(TaskModel):
     """One run: what is learned, from what data, and in `state` how far it has come."""
 
     def __init__(self, flags):
-        s, self.out = settings_of(flags), Path(flags.out)  # n is not known yet
+        s, self.out = settings_of(flags), Path(flags.out)  # as far as they do not depend on n
         task = data.TASKS[s.task]
         with first_alone():  # it may fetch them
             folder = bert.find_pretrained(s.model)
@@ -649,7 +650,7 @@ class SparseProduct:
             csr = W.to_sparse_csr()
             indices = csr.crow_indices().int(), csr.col_indices().int()  # half the bytes to read
             self.W = torch.sparse_csr_tensor(*indices, csr.values(), W.shape)
-        self.trials = {}  # size of x: [(seconds a number, 0 for sparse or 1 for dense)]
+        self.trials = {}  # size of x: [(seconds by size, 0 for sparse or 1 for dense)]
 
     def __call__(self, x, W, bias):
         trials = self.trials.setdefault(x.numel().bit_length(), [])
@@ -724,7 +725,7 @@ class MaskFile(TaskModel):
             seconds, largest = {True: [], False: []}, 0.0
             with self.folded(sparse=True):
                 products = {layer: layer.product for layer in self.layers.values()}
-                for group in 8 * groups[:3] + groups:  # until each product has chosen
+                for group in 8 * groups[:3] + groups:  # 8 calls of the usual sizes: all have chosen
                     self.answer(group)
                 for i, group in enumerate(groups):
                     logits = {}
@@ -1020,7 +1021,10 @@ def settings_of(flags, n=None, positions=512):
     if s.scores_from == "learned":
         default(lr=2e-2, init="zero" if demo or s.paper else "magnitude")
         if s.lam is None and s.pull is None:
-            default(lam=400.0) if s.paper else default(pull=0.2 if demo else 1.0)
+            if s.paper:
+                default(lam=400.0)
+            else:
+                default(pull=0.2 if demo else 1.0)
     else:
         default(init=s.scores_from if s.rule else "zero", lam=0.0)
     if s.trains_weights:
@@ -1150,7 +1154,7 @@ FLAGS = {  # group: flag, kind, what it does. The defaults are decided in settin
     ],
     "the method": [
         ("--lr", POSITIVE, "learning rate of the scores, falling to 0 (default: 2e-2)"),
-        ("--weight-lr", POSITIVE, "learning rate of weights that train (default: 3e-5)"),
+        ("--weight-lr", POSITIVE, "learning rate of weights that train (default: 3e-5; lock 1e-4)"),
         ("--pull", POSITIVE, "of the regulariser, in task gradients (default: 1; demo: 0.2)"),
         ("--lambda", POSITIVE, "of the regulariser, instead of --pull; the paper's is 400"),
         ("--ramp", SHARE, "share of the steps in which the sparsity grows (default: 0.5)"),
