@@ -125,7 +125,7 @@ def prune(model, names, init="zero"):
 # ---- Which weights stay (Section 4.1, Table 3, Eq. 4) ---------------------------------------
 def topk_mask(scores, n_keep):
     """The 0/1 mask of the n_keep largest scores, straight-through, shaped like the scores.
-    Defined by sorting, the lowest index first among equals (and found without, see _search):
+    Defined by sorting, the lowest index first among equals (a CPU finds it without, see _search):
         topk_mask([[.1, .7], [.7, .7]], 2)  ->  [[0, 1], [1, 0]]
     Raises ValueError for an impossible n_keep, FloatingPointError for nan or inf."""
     if not 0 <= n_keep <= scores.numel():
@@ -312,7 +312,7 @@ def fake_int8(x):
     q, scale = to_int8(x.detach())
     return StraightThrough.apply(x, q * scale)
 
-# ---- The fast search: it finds what topk_mask defines, without sorting. One may stop here ----
+# ---- The fast search: what topk_mask defines; a CPU need not sort. One may stop here --------
 def _search(scores, k, last_thresholds):
     """Scores -> bool mask of the k largest, the first of equals first. Guess low and high around
     the k-th: what is above high stays, the few between are ranked. A wrong guess costs time."""
@@ -320,7 +320,7 @@ def _search(scores, k, last_thresholds):
     if k in (0, len(flat)):
         return torch.full_like(scores, k > 0, dtype=torch.bool)
     if flat.device.type != "cpu":
-        return _search_bitwise(flat[None], torch.tensor([k]).to(flat.device)).view(scores.shape)
+        return _search_sorted(flat[None], torch.tensor([k]).to(flat.device)).view(scores.shape)
     for low, high in _brackets(flat, k, last_thresholds):
         mask = flat > high
         between = _positions(mask ^ (flat >= low))
@@ -368,26 +368,16 @@ def _search_stacked(scores, counts):
         same = [name for name in scores if scores[name].shape == shape]
         stack = torch.stack([scores[name].flatten() for name in same])
         k = torch.stack([counts[name] for name in same])
-        found = _search_bitwise(stack, k).view(-1, *shape)
+        found = _search_sorted(stack, k).view(-1, *shape)
         masks.update(zip(same, found, strict=True))
     return masks
 
-def _search_bitwise(stack, k):
-    """Scores (m, n) and counts k (m,) -> bool masks (m, n), for a GPU: the host reads no number.
-    Floats read as integers keep their order once negative ones have their bits flipped. The k-th
-    largest is found from its highest bit down: a bit is set if k scores still reach it."""
-    keys = (stack.float() + 0.0).view(torch.int32)  # + 0.0 makes 0.0 of -0.0
-    keys = keys ^ ((keys >> 31) & 0x7FFFFFFF)
+def _search_sorted(stack, k):
+    """Scores (m, n) and counts k (m,) -> bool masks (m, n), for a GPU: it sorts fast, and the
+    host reads no number."""
     k = k[:, None]
-    positive = (keys >= 0).sum(1, keepdim=True) >= k
-    threshold = torch.where(positive, 0, -(2**31)).int()
-    for bit in range(30, -1, -1):
-        higher = threshold + 2**bit
-        enough = (keys >= higher).sum(1, keepdim=True) >= k
-        threshold = torch.where(enough, higher, threshold)
-    above, equal = keys > threshold, keys == threshold
-    # Number the equals of a row: one long scan, as a GPU likes it, less that of the rows before.
-    nth = equal.flatten().cumsum(0, dtype=torch.int32).view(equal.shape)
-    nth -= nth[:, :1] - equal[:, :1].int()
+    ranked = stack.sort(1, descending=True).values
+    threshold = ranked.gather(1, (k - 1).clamp_min(0))
+    above, equal = stack > threshold, stack == threshold
     missing = k - above.sum(1, keepdim=True)
-    return above | (equal & (nth <= missing))
+    return above | (equal & (equal.cumsum(1, dtype=torch.int32) <= missing))
