@@ -2194,6 +2194,7 @@ def test_the_program_in_the_readme_gives_the_evaluations_logits(world, monkeypat
         "train": train,
     }
     readme = (HERE / "README.md").read_text("utf-8")
+    monkeypatch.setattr(bert, "find_pretrained", lambda name: Path("model"))
     with torch.inference_mode():
         exec(readme.split("```python\n")[2].split("```")[0], names)
     torch.testing.assert_close(names["logits"], evaluated)
