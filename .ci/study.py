@@ -152,8 +152,10 @@ def draw(found, usual, path):
     kept, epochs = defaultdict(list), defaultdict(list)
     for (method, removed), seeds in usual[task].items():
         kept[method].append((100 - removed, seeds))
+    limit = next(row.limit for row, seeds in found.items()
+                 if usual[row.task].get((row.method, row.removed)) is seeds and row.task == task)
     for row, seeds in found.items():
-        if row.task == task and row.removed in (0, 90):
+        if (row.task, row.limit) == (task, limit) and row.removed in (0, 90):
             epochs[row.method].append((row.epochs, seeds))
     epochs = {method: points for method, points in epochs.items() if len(points) > 2}
     panels = [("weights kept, %", kept, (3, 10, 20, 50, 100)),
