@@ -1,8 +1,9 @@
 """The README's tables and figure, from the logs of runs alone:
 
-    python .ci/study.py FOLDER_OF_RUNS          # the figure needs matplotlib
+    python .ci/study.py [FOLDER_OF_RUNS]          # the figure needs matplotlib
 
-A number is the mean over seeds of the last evaluation on dev, with the sample standard deviation.
+What counts of a complete run is a line of .ci/study.jsonl; those of the folder are added to it. A
+number is the mean over seeds of the last evaluation on dev, with the sample standard deviation.
 A difference is paired by seed: its mean, with the 95 % interval of Student's t.
 """
 
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+RECORDS = Path(__file__).with_name("study.jsonl")
 NAMES = {"sst2": "SST-2", "mrpc": "MRPC", "cola": "CoLA", "stsb": "STS-B"}
 LOOKS = {
     "finetune": ("#333333", "*"),
@@ -40,19 +42,33 @@ class Row(NamedTuple):
         examples = f"{self.limit:,} × " if self.limit else ""
         return f"{examples}{self.epochs} epochs, {self.steps:,} steps"
 
-def read_runs(folder):
-    """{Row: {seed: metrics}} of all complete runs."""
-    found = defaultdict(dict)
-    for path in sorted(Path(folder).glob("*/metrics.jsonl")):
+def read_records():
+    """{(Row, seed): record} of all runs in RECORDS."""
+    lines = RECORDS.read_text("utf-8").splitlines() if RECORDS.exists() else []
+    records = [json.loads(line) for line in lines]
+    return {(Row(*[record[name] for name in Row._fields]), record["seed"]): record
+            for record in records}
+
+def add_runs(folder):
+    """Adds the complete runs in a folder to RECORDS, in place of equal ones that are there."""
+    records = read_records()
+    for path in Path(folder).glob("*/metrics.jsonl"):
         lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
         settings, final = lines[0], lines[-1]
         if final["event"] == "final" and settings["task"] in NAMES:
             row = Row(settings["task"], settings["limit"] or 0, settings["epochs"],
                       settings["steps"], describe(settings),
                       round(100 * final["last"]["sparsity"], 1))
-            if settings["seed"] in found[row]:
-                raise SystemExit(f"error: {path}: a second run of seed {settings['seed']} of {row}")
-            found[row][settings["seed"]] = metrics_of(final)
+            how = {name: settings[name] for name in ("seed", "torch", "device")}
+            records[row, how["seed"]] = row._asdict() | how | {"metrics": metrics_of(final)}
+    lines = [json.dumps(records[key]) + "\n" for key in sorted(records)]
+    RECORDS.write_text("".join(lines), "utf-8")
+
+def read_runs():
+    """{Row: {seed: metrics}} of all runs in RECORDS."""
+    found = defaultdict(dict)
+    for (row, seed), record in read_records().items():
+        found[row][seed] = record["metrics"]
     return dict(sorted(found.items()))
 
 def metrics_of(final):
@@ -175,7 +191,9 @@ def draw(found, usual, path):
     figure.savefig(path, metadata={"Date": None})
 
 def main():
-    found = read_runs(sys.argv[1])
+    if len(sys.argv) > 1:
+        add_runs(sys.argv[1])
+    found = read_runs()
     usual = usual_runs(found)
     print_table(usual)
     print_other_lengths(found, usual)
