@@ -168,8 +168,7 @@ def draw(found, usual, path):
     kept, epochs = defaultdict(list), defaultdict(list)
     for (method, removed), seeds in usual[task].items():
         kept[method].append((100 - removed, seeds))
-    limit = next(row.limit for row, seeds in found.items()
-                 if usual[row.task].get((row.method, row.removed)) is seeds and row.task == task)
+    limit = Counter(row.limit for row in found if row.task == task).most_common(1)[0][0]
     for row, seeds in found.items():
         if (row.task, row.limit) == (task, limit) and row.removed in (0, 90):
             epochs[row.method].append((row.epochs, seeds))
