@@ -207,8 +207,9 @@ def whole_numbers(shares, total):
     return counts.scatter_add(0, by_remainder, one_more.double()).long()
 
 def _sizes(scores):
-    # Not torch.tensor(list): a GPU would make the host wait for that copy.
-    return torch.stack([s.new_full((), s.numel(), dtype=torch.float64) for s in scores])
+    scores = list(scores)
+    sizes = torch.tensor([s.numel() for s in scores], dtype=torch.float64)
+    return sizes.to(scores[0].device, non_blocking=True)  # the host need not wait for a GPU
 
 @torch.no_grad()
 def choose_masks(layers, sparsity, rule="smp-s", tau=0.1):

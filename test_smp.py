@@ -3407,7 +3407,7 @@ def test_a_bag_of_words_does_not_understand_the_demo(demo):
     assert 0.6 < bag.score(words.transform(dev_texts), z) <= 0.85
 
 @pytest.fixture
-def benchmark():
+def bench():  # "benchmark" is pytest-benchmark's
     """What maintainers run: .ci/benchmark.py, as a module."""
     spec = importlib.util.spec_from_file_location("benchmark", HERE / ".ci/benchmark.py")
     module = importlib.util.module_from_spec(spec)
@@ -3415,18 +3415,18 @@ def benchmark():
     spec.loader.exec_module(module)
     return module
 
-def test_the_benchmark_needs_no_downloads(benchmark, tmp_path, monkeypatch, capsys):
+def test_the_benchmark_needs_no_downloads(bench, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    timed, settings = benchmark.timed_pairs, []
+    timed, settings = bench.timed_pairs, []
 
     def seen(*runs):
         settings.extend(train.recorded(run.s) for run in runs)
         return timed(*runs)
 
-    monkeypatch.setattr(benchmark, "timed_pairs", seen)
-    monkeypatch.setattr(benchmark, "in_a_process_of_its_own", lambda work, flags: work(flags))
+    monkeypatch.setattr(bench, "timed_pairs", seen)
+    monkeypatch.setattr(bench, "in_a_process_of_its_own", lambda work, flags: work(flags))
     flags = ["tiny", "--task", "cola", "--batch-size", "4", "--device", "cpu"]
-    found = benchmark.main(flags)
+    found = bench.main(flags)
     ours, dense = settings
     assert {key for key in ours if ours[key] != dense[key]} == {
         "method", "sparsity", "ramp", "ramp_steps", "scores_from", "rule", "trains_weights",
@@ -3438,14 +3438,14 @@ def test_the_benchmark_needs_no_downloads(benchmark, tmp_path, monkeypatch, caps
         assert found[f"{part}_ms"] > 0
     assert found["peak_mb"] > 100 and found["dense_peak_mb"] > 100
     with pytest.raises(SystemExit, match="no lengths are known of qqp"):
-        benchmark.main(["tiny", "--task", "qqp"])
+        bench.main(["tiny", "--task", "qqp"])
     with pytest.raises(SystemExit, match="learns no mask"):
-        benchmark.main(["tiny", "--method", "finetune"])
+        bench.main(["tiny", "--method", "finetune"])
 
 @pytest.mark.parametrize("name", ["cola", "sst2", "mrpc", "stsb"])
-def test_random_data_have_the_lengths_of_the_task(benchmark, name, tmp_path):
-    task, known = data.TASKS[name], benchmark.LENGTHS[name]
-    benchmark.write_random(tmp_path, name, n=5000)
+def test_random_data_have_the_lengths_of_the_task(bench, name, tmp_path):
+    task, known = data.TASKS[name], bench.LENGTHS[name]
+    bench.write_random(tmp_path, name, n=5000)
     tokenizer = data.load_tokenizer(tmp_path)
     texts, labels = data.read_split(task, tmp_path, "train")
     lengths = [len(ids) for ids in data.encode(tokenizer, texts, labels, 512).ids]
