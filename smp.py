@@ -34,8 +34,8 @@ from torch import nn
 
 # ---- The layer (Eq. 3) ----------------------------------------------------------------------
 class StraightThrough(torch.autograd.Function):
-    """Forward: x rounded (scores: to a mask). Backward: the identity, so a pruned weight can return
-    to the mask."""
+    """Forward: x rounded, or scores made a mask. Backward: the identity, so a pruned weight can
+    return to the mask."""
     @staticmethod
     def forward(ctx, x, rounded):
         return rounded.to(x.dtype)
@@ -189,9 +189,9 @@ def capped_shares(sizes, R, keep):
         capped_shares([10, 10, 10], [6, 2, 1], 0.6)  ->  [10, 5.3, 2.7]"""
     largest, order = R.sort(descending=True, stable=True)
     n = sizes[order]
-    # With the j largest kept whole the others share the rest: a c for each j. The sum for a c is
-    # the least over j of whole + c * others, so the c wanted is the largest. (In the example they
-    # are .2, .27 and -.2 for j = 0, 1, 2: with c = .27 one matrix is kept whole.)
+    # With the j largest kept whole the others share the rest: a c for each j. At any c the true sum
+    # is the least over j of whole + c * others, so the largest of these c is wanted. (In the
+    # example they are .2, .27 and -.2 for j = 0, 1, 2: with c = .27 one matrix is kept whole.)
     whole = n.cumsum(0) - n
     others = (n * largest).flip(0).cumsum(0).flip(0)
     c = ((keep * n.sum() - whole) / others).amax()

@@ -1896,6 +1896,7 @@ def test_wrong_flags_end_in_one_line(world, capsys, flags, message, monkeypatch)
     "--method random --epochs 3", "--method threshold --sparsity 0.5", "--method finetune --ramp 0",
     "--method movement --tau 0", "--eval m --precision bf16", "--eval m --max-length 9",
     "--predict m --sparsity 0.5", "--predict m --export x", "--eval m --out x", "--sparse",
+    "--task stsb --teacher t --temperature 2",
 ])
 def test_a_flag_without_an_effect_is_refused(capsys, flags):
     def run(*flags):

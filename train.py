@@ -182,8 +182,8 @@ class TaskModel:
 
     def evaluate(self, dev_sets):
         """{metric: value}; those of MNLI's second dev set begin with "mismatched_", those of
-        --holdout with "holdout_". "score", the mean of these if there are, else of all, is what the
-        best evaluation is chosen by."""
+        --holdout with "holdout_". "score" is the mean of these if there are any, else of all: the
+        best evaluation has the highest."""
         if self.task.mlm:
             return self.evaluate_words(dev_sets["dev"])
         metrics, prefixes = {}, {"dev_mismatched": "mismatched_", "holdout": "holdout_"}
@@ -218,7 +218,7 @@ class Run(TaskModel):
     """One run: what is learned, from what data, and in `state` how far it has come."""
 
     def __init__(self, flags):
-        s, self.out = settings_of(flags), Path(flags.out)  # as far as they do not depend on n
+        s, self.out = settings_of(flags), Path(flags.out)  # without what depends on n, see there
         task = data.TASKS[s.task]
         with first_alone():  # it may fetch them
             folder = bert.find_pretrained(s.model)
@@ -419,8 +419,8 @@ def train_loop(run, log, interrupts):
                 bar.write(f"epoch {record['epoch']:<5.4g} sparsity {record['sparsity']:.4f}  "
                           f"{format_metrics(record['metrics'])}")
             stops = bool(interrupts)
-            stops, pauses = from_first((stops, stops or time.monotonic() > next_checkpoint))
-            if pauses and not RANK:
+            stops, saves = from_first((stops, stops or time.monotonic() > next_checkpoint))
+            if saves and not RANK:
                 next_checkpoint = save_checkpoint(run, log)
             if stops:
                 raise KeyboardInterrupt
@@ -1092,6 +1092,8 @@ def useless_flags(flags):
         yield ["weight_lr"], f"--method {s.method} keeps the weights frozen"
     if not s.teacher:
         yield ["temperature", "teacher_weight"], "there is no --teacher"
+    elif data.TASKS[s.task].regression:
+        yield ["temperature"], f"{s.task} is a regression"
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # one line, without the page of usage
@@ -1146,7 +1148,7 @@ FLAGS = {  # group: flag, kind, what it does. The defaults are decided in settin
         ("--sparse", YES, "skip the zeros, on a CPU; what is exported is small"),
     ],
     "how long": [
-        ("--epochs", WHOLE, "default: 12 above 10,000 examples, 100 below 3,000, else 60"),
+        ("--epochs", WHOLE, "default: 12; to 10,000 examples 60, below 3,000 100; demo, mlm 3"),
         ("--batch-size", WHOLE, "default: 64 above 10,000 examples, else 32; less in short runs"),
         ("--limit", WHOLE, "use only the first N training examples"),
         ("--holdout", number(0, 0.9), "share of train to choose the best by, in place of dev"),
@@ -1154,12 +1156,12 @@ FLAGS = {  # group: flag, kind, what it does. The defaults are decided in settin
     ],
     "the method": [
         ("--lr", POSITIVE, "learning rate of the scores, falling to 0 (default: 2e-2)"),
-        ("--weight-lr", POSITIVE, "learning rate of weights that train (default: 3e-5; lock 1e-4)"),
+        ("--weight-lr", POSITIVE, "of the weights (default: 3e-5; lock 1e-4, mlm 5e-5, demo 1e-3)"),
         ("--pull", POSITIVE, "of the regulariser, in task gradients (default: 1; demo: 0.2)"),
         ("--lambda", POSITIVE, "of the regulariser, instead of --pull; the paper's is 400"),
         ("--ramp", SHARE, "share of the steps in which the sparsity grows (default: 0.5)"),
-        ("--init", {"choices": ["zero", "magnitude"]}, "of scores (default: magnitude)"),
-        ("--dropout", SHARE, "default: 0.1 if weights train, 0.2 if half of them stay, else 0"),
+        ("--init", {"choices": ["zero", "magnitude"]}, "of scores (default: magnitude; demo zero)"),
+        ("--dropout", SHARE, "default: 0.1 if weights train (demo 0), 0.2 if half stay, else 0"),
         ("--paper", YES, "published --init zero --lambda 400 --dropout 0.1, and batch sizes"),
         ("--tau", SHARE, "the threshold rule keeps where sigmoid(S) > tau (default: 0.1)"),
         ("--temperature", number(1e-3), "of the distillation (default: 2)"),

@@ -81,8 +81,6 @@ def first(metrics):
 def describe(settings):
     """A method, and what sets a run of it apart."""
     parts = [settings["method"]]
-    if (Path(settings["model"]).parent / "metrics.jsonl").is_file():
-        parts.append(f"from {Path(settings['model']).parent.name}")
     if settings["teacher"]:
         parts.append(f"taught by {Path(settings['teacher']).parent.name}")
     if settings["init"] == "zero" and settings["scores_from"] == "learned":
