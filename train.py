@@ -182,8 +182,8 @@ class TaskModel:
 
     def evaluate(self, dev_sets):
         """{metric: value}; those of MNLI's second dev set begin with "mismatched_", those of
-        --holdout with "holdout_". "score" is the mean of these if there are any, else of all: the
-        best evaluation has the highest."""
+        --holdout with "holdout_". "score" is the mean of the "holdout_" ones, without them of
+        all: the best evaluation has the highest."""
         if self.task.mlm:
             return self.evaluate_words(dev_sets["dev"])
         metrics, prefixes = {}, {"dev_mismatched": "mismatched_", "holdout": "holdout_"}
@@ -218,7 +218,7 @@ class Run(TaskModel):
     """One run: what is learned, from what data, and in `state` how far it has come."""
 
     def __init__(self, flags):
-        s, self.out = settings_of(flags), Path(flags.out)  # without what depends on n, see there
+        s, self.out = settings_of(flags), Path(flags.out)  # without what depends on the data
         task = data.TASKS[s.task]
         with first_alone():  # it may fetch them
             folder = bert.find_pretrained(s.model)

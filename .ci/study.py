@@ -51,7 +51,7 @@ def read_records():
 
 def add_runs(folder):
     """Adds the complete runs in a folder to RECORDS, in place of equal ones that are there."""
-    records = read_records()
+    added = {}
     for path in Path(folder).glob("*/metrics.jsonl"):
         lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
         settings, final = lines[0], lines[-1]
@@ -60,7 +60,10 @@ def add_runs(folder):
                       settings["steps"], describe(settings),
                       round(100 * final["last"]["sparsity"], 1))
             how = {name: settings[name] for name in ("seed", "torch", "device")}
-            records[row, how["seed"]] = row._asdict() | how | {"metrics": metrics_of(final)}
+            if (row, how["seed"]) in added:
+                raise SystemExit(f"error: {path}: a second run of seed {how['seed']} of {row}")
+            added[row, how["seed"]] = row._asdict() | how | {"metrics": metrics_of(final)}
+    records = read_records() | added
     lines = [json.dumps(records[key]) + "\n" for key in sorted(records)]
     RECORDS.write_text("".join(lines), "utf-8")
 
