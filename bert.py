@@ -14,6 +14,7 @@ tensor that is neither in them nor in DROPPED is refused.
 Letters: B batch, T tokens, C label words. Q K V O U D are the six matrices of a layer.
 """
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -221,7 +222,7 @@ def find_pretrained(name):
     try:
         return Path(snapshot_download(str(name), allow_patterns=[
             "config.json", "model.safetensors", "vocab.txt", "tokenizer.json",
-            "tokenizer_config.json"]))
+            "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]))
     except Exception as error:  # the client raises a dozen kinds
         reason = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(
@@ -229,16 +230,23 @@ def find_pretrained(name):
             "with config.json, model.safetensors and vocab.txt or tokenizer.json") from error
 
 def _check_exists(path):
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file; a model folder holds config.json, "
-                                "model.safetensors and vocab.txt or tokenizer.json")
+    others = [*path.parent.glob("*.bin"), *path.parent.glob("*.index.json")]
+    mend = "a model folder holds config.json, model.safetensors and vocab.txt or tokenizer.json"
+    if others and path.suffix == ".safetensors":
+        mend = (f"transformers makes it of {others[0].name}: BertForMaskedLM.from_pretrained("
+                f"{str(path.parent)!r}).save_pretrained('new', max_shard_size='9GB')")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; {mend}")
+    with open(path, "rb") as file:
+        if file.read(20) == b"version https://git-":
+            raise ValueError(f"{path}: a pointer of Git LFS; `git lfs pull` gets the file")
 
 LARGEST_SIZE = 10_000_000  # of any dimension; larger than any BERT's vocabulary
 
 def read_config(path):
     """config.json -> Config. Raises FileNotFoundError, and ValueError naming the key that is
     missing or asks for a BERT that is not this one."""
-    _check_exists(path)
+    _check_exists(Path(path))
     try:
         raw = json.loads(Path(path).read_text("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -271,34 +279,9 @@ def load_pretrained(folder):
 
     Takes names with and without `bert.`, LayerNorm as gamma/beta or weight/bias, the decoder stored
     or tied, the MLM head there or not. Raises FileNotFoundError for a missing file, ValueError
-    naming a tensor that is missing, surplus, of another shape, or not finite."""
+    naming a tensor that is missing, surplus, of another shape or kind, or not finite."""
     path = Path(folder) / "model.safetensors"
     config = read_config(path.with_name("config.json"))
-    state, found_as = _read_tensors(path)
-    # Even without weights, a number of layers that the file does not hold could take minutes.
-    held = {name.split(".")[1] for name in state if name.startswith("layers.")}
-    if config.num_hidden_layers > len(held):
-        raise ValueError(f"{path}: holds {len(held)} layers; config.json says num_hidden_layers "
-                         f"{config.num_hidden_layers}")
-    with torch.device("meta"):  # the shapes, without the memory or the time for random weights
-        model = Bert(config, mlm_head=any(name.startswith("mlm.") for name in state))
-    expected = model.state_dict()
-    for name, tensor in expected.items():
-        if name not in state:
-            raise ValueError(f"{path}: tensor {hf_name(name)} is missing")
-        if state[name].shape != tensor.shape:
-            raise ValueError(f"{path}: tensor {found_as[name]} has shape "
-                             f"{tuple(state[name].shape)}; config.json makes it "
-                             f"{tuple(tensor.shape)}")
-    surplus = [found_as[name] for name in state if name not in expected]
-    if surplus:
-        raise ValueError(f"{path}: tensor {surplus[0]} is surplus; config.json says "
-                         f"num_hidden_layers {config.num_hidden_layers}")
-    model.load_state_dict(state, assign=True)
-    return model.eval()
-
-def _read_tensors(path):
-    """model.safetensors -> ({our name: float32 tensor}, {our name: the name in the file})."""
     _check_exists(path)
     try:
         stored = load_file(path)
@@ -309,30 +292,57 @@ def _read_tensors(path):
         ours = our_name(name)
         if ours is None:
             raise ValueError(f"{path}: tensor {name} has no place in a BERT with an MLM head")
-        if ours == "dropped":
-            continue
-        if not tensor.is_floating_point():
-            raise ValueError(f"{path}: tensor {name} is {tensor.dtype}; expected floating point")
-        tensor = tensor.float()
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{path}: tensor {name} holds nan or inf; the file is damaged")
-        if ours in state and not torch.equal(state[ours], tensor):
+        if ours in state and not torch.equal(state[ours].float(), tensor.float()):
             raise ValueError(f"{path}: tensors {found_as[ours]} and {name} are two copies of one, "
                              "since the decoder is tied to the embeddings, but they differ")
-        state[ours], found_as[ours] = tensor, name
-    return state, found_as
+        if ours != "dropped":
+            state[ours], found_as[ours] = tensor, name
+    return build(config, state, path)
 
-def save_config(model, folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    config = dataclasses.asdict(model.config) | {"model_type": "bert", "hidden_act": "gelu"}
-    config["architectures"] = ["BertModel" if model.mlm is None else "BertForMaskedLM"]
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+def build(config, state, path):
+    """{our name: tensor} -> Bert, float32, in eval mode. Raises ValueError naming `path` and the
+    tensor that is missing, surplus, of another shape or kind, or not finite."""
+    # Even without weights, a number of layers that the file does not hold could take minutes.
+    held = {name.split(".")[1] for name in state if name.startswith("layers.")}
+    if config.num_hidden_layers > len(held):
+        raise ValueError(f"{path}: holds {len(held)} layers; config.json says num_hidden_layers "
+                         f"{config.num_hidden_layers}")
+    with torch.device("meta"):  # the shapes, without the memory or the time for random weights
+        model = Bert(config, mlm_head=any(name.startswith("mlm.") for name in state))
+    expected = model.state_dict()
+    for name in {**expected, **state}:
+        tensor, problem = state.get(name), None
+        if tensor is None:
+            problem = "is missing"
+        elif name not in expected:
+            problem = "is surplus"
+            if name.startswith("layers."):
+                problem += f"; config.json says num_hidden_layers {config.num_hidden_layers}"
+        elif tensor.shape != expected[name].shape:
+            problem = (f"has shape {tuple(tensor.shape)}; config.json makes it "
+                       f"{tuple(expected[name].shape)}")
+        elif not tensor.is_floating_point():
+            problem = f"is {tensor.dtype}; expected floating point"
+        elif not tensor.isfinite().all():
+            problem = "holds nan or inf; the file is damaged"
+        if problem:
+            raise ValueError(f"{path}: tensor {hf_name(name) or name} {problem}")
+    model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+    return model.eval()
 
-def save_pretrained(model, folder):
+def save_pretrained(model, folder, whole=contextlib.nullcontext):
     """The reverse of load_pretrained: writes config.json and model.safetensors in the layout and
-    under the names that Hugging Face's BertForMaskedLM (BertModel without an MLM head) reads."""
-    folder = Path(folder)
-    save_config(model, folder)
+    under the names that Hugging Face's BertForMaskedLM (BertModel without an MLM head) reads.
+    `whole(path)` is a context that gives the name to write to."""
+    save_config(model, folder, whole)
     state = {hf_name(name): tensor.detach().cpu().contiguous()
              for name, tensor in model.state_dict().items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with whole(Path(folder) / "model.safetensors") as path:
+        save_file(state, path, metadata={"format": "pt"})
+
+def save_config(model, folder, whole=contextlib.nullcontext):
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    config = dataclasses.asdict(model.config) | {"model_type": "bert", "hidden_act": "gelu"}
+    config["architectures"] = ["BertModel" if model.mlm is None else "BertForMaskedLM"]
+    with whole(Path(folder) / "config.json") as path:
+        path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")

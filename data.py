@@ -1,9 +1,9 @@
 """Data: GLUE from its TSV files, batches, metrics, and the files that a run leaves.
 
-TASKS holds all that differs between the nine tasks (and the demo, a tenth). A task becomes texts
-(read_split), texts become token ids (encode), ids become batches of about equal length (batches),
-and logits become the numbers that GLUE reports (evaluate_metrics). Then come the mask file, models
-in few bytes, the downloads, what makes files and the terminal safe, and the demo's language.
+TASKS holds all that differs between the tasks. A task becomes texts (read_split), texts become
+token ids (encode), ids become batches of about equal length (batches), and logits become the
+numbers that GLUE reports (evaluate_metrics). Then come the container of masks, small models and
+checkpoints, the downloads, what makes files and the terminal safe, and the demo's language.
 `reading(path)` makes an error name the file; `whole(path)` writes a file whole or not at all.
 
 Letters: N examples, B batch, T tokens of the longest member of a batch, C classes.
@@ -28,7 +28,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import safetensors.numpy
 import safetensors.torch
 import tokenizers
 import torch
@@ -99,65 +98,62 @@ def read_split(task, data_dir, split, limit=None):
 
     `split` is "train" or a name from task.dev or task.test; `limit` keeps the first so many lines.
     Raises ValueError with file and line for what cannot be read."""
-    if task.mlm:
-        return read_corpus(Path(data_dir), split)[:limit], None
     path = Path(data_dir) / task.folder / f"{split}.tsv"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected GLUE's folder {task.folder} there "
-                                "(see --data)")
+    expect(path.is_file(), f"{path}: no such file; expected GLUE's folder {task.folder} there (see "
+           "--data)", FileNotFoundError)
     lines, is_test = read_lines(path), split in task.test
     columns, first_line = task.columns, 1
     if is_test or not columns:
         columns, first_line = lines.pop(0).split("\t"), 2
     wanted = task.text if is_test else (*task.text, task.label)
     for column in wanted:
-        if column not in columns:
-            raise ValueError(f"{path}, line 1: no column {column!r} in the header; expected "
-                             f"{', '.join(wanted)}, found {printable(columns, 120)}")
+        expect(column in columns, f"{path}, line 1: no column {column!r} in the header; expected "
+               f"{', '.join(wanted)}, found {printable(columns, 120)}")
     places = [columns.index(column) for column in task.text]
     texts, labels = [], []
     for number, line in enumerate(lines[:limit], start=first_line):
         fields = line.split("\t")
         if task.skip_short_lines and len(fields) < len(columns) and split == "train":
             continue
-        _check_line(f"{path}, line {number}", fields, len(columns))
+        _check_fields(f"{path}, line {number}", fields, len(columns))
         text = tuple(fields[place] for place in places)
         texts.append(text if len(text) > 1 else text[0])
         if not is_test:
             label = fields[columns.index(task.label)]
             labels.append(_parse_label(task, label, f"{path}, line {number}"))
-    if not texts:
-        raise ValueError(f"{path}: no examples in it; expected at least one line of data")
-    if split == "train" and min(labels) == max(labels):
-        raise ValueError(f"{path}: every label is the same; expected two (see --limit)")
+    if all(part[:1] == part[-1:] == '"' for text in texts for part in np.atleast_1d(text)):
+        print(f"note        {path}: all texts are in quotes, as a spreadsheet writes them; they "
+              "are read as they stand, since GLUE quotes nothing")
+    expect(texts, f"{path}: no examples in it; expected at least one line of data")
+    expect(split != "train" or min(labels) < max(labels),
+           f"{path}: every label is the same; expected two (see --limit)")
     return texts, None if is_test else np.array(labels, np.float32 if task.regression else np.int64)
 
 def split_off(texts, labels, share):
     """A share of the examples, the same in every run -> (texts, labels) of the rest, and of it.
     Raises ValueError where one of the two would be empty."""
     chosen = np.random.default_rng(0).random(len(texts)) < share
-    if chosen.all() or not chosen.any():
-        raise ValueError(f"--holdout {share:g}: too few examples ({len(texts)}) to split")
+    expect(chosen.any() and not chosen.all(),
+           f"--holdout {share:g}: too few examples ({len(texts)}) to split")
     parts = []
     for inside in (False, True):
         where = np.flatnonzero(chosen == inside)
         parts.append(([texts[i] for i in where], labels[where]))
     return parts
 
-def read_corpus(path, split):
-    """The texts of a corpus, a line each, blank ones left out: the last 5 % are "dev", the others
-    "train". Raises FileNotFoundError, and ValueError with file and line."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; --corpus is a text file, a text a line")
+def read_corpus(path):
+    """The texts of a corpus, a line each, blank ones left out -> {"train": texts, "dev": the last
+    5 %}. Raises FileNotFoundError, and ValueError with file and line."""
+    expect(path.is_file(), f"{path}: no such file; --corpus is a text file, a text a line",
+           FileNotFoundError)
     texts = []
     for number, line in enumerate(read_lines(path), start=1):
-        _check_text(f"{path}, line {number}", line)
+        _check_fields(f"{path}, line {number}", [line], 1)
         texts += [line] if line.strip() else []
-    if len(texts) < 20:
-        raise ValueError(f"{path}: {len(texts)} lines of text; expected 20 at least, so that some "
-                         "can be held out")
+    expect(len(texts) >= 20, f"{path}: {len(texts)} lines of text; expected 20 at least, so that "
+           "some can be held out")
     held_out = math.ceil(len(texts) / 20)
-    return texts[-held_out:] if split == "dev" else texts[:-held_out]
+    return {"train": texts[:-held_out], "dev": texts[-held_out:]}
 
 def read_lines(path):
     """The lines of a UTF-8 file. Only a line feed ends one: other software has more line ends."""
@@ -169,23 +165,17 @@ def read_lines(path):
             from None
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
 
-def _check_line(place, fields, expected):
-    if len(fields) != expected:  # GLUE quotes nothing: a lone " is text, and only a tab separates
-        raise ValueError(f"{place}: {len(fields)} columns, expected {expected}; mend the line or "
-                         "get the file again")
-    for field in fields:
-        _check_text(place, field)
-
-def _check_text(place, text):
-    if "\0" in text or len(text) > LONGEST_FIELD:
-        raise ValueError(f"{place}: a NUL byte, or over {LONGEST_FIELD:,} characters in one text; "
-                         "get the file again")
+def _check_fields(place, fields, expected):
+    # GLUE quotes nothing: a lone " is text, and only a tab separates.
+    expect(len(fields) == expected,
+           f"{place}: {len(fields)} columns, expected {expected}; mend it or get the file again")
+    expect(not any("\0" in text or len(text) > LONGEST_FIELD for text in fields), f"{place}: a NUL "
+           f"byte, or over {LONGEST_FIELD:,} characters in one text; get the file again")
 
 def _parse_label(task, string, place):
     if not task.regression:
-        if string not in task.labels:
-            raise ValueError(f"{place}: label {printable(string, 50)!r} is unknown; expected one "
-                             f"of {', '.join(task.labels)}")
+        expect(string in task.labels, f"{place}: label {string[:50]!r} is unknown; expected one of "
+               f"{', '.join(task.labels)}")
         return task.labels.index(string)
     with contextlib.suppress(ValueError):
         if 0 <= float(string) <= 5:  # not so for nan
@@ -197,48 +187,58 @@ def _parse_label(task, string, place):
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "tokenizer_config.json")
 
+YES_OR_NO = (True, False)
+SAID = {  # what a model's files may say of its tokenizer: the values that are followed
+    "do_lower_case": YES_OR_NO, "strip_accents": YES_OR_NO, "tokenize_chinese_chars": YES_OR_NO,
+    "unk_token": ("[UNK]",), "cls_token": ("[CLS]",), "sep_token": ("[SEP]",),
+    "pad_token": ("[PAD]",), "mask_token": ("[MASK]",),
+    "tokenizer_class": ("BertTokenizer", "BertTokenizerFast", "DistilBertTokenizer",
+                        "DistilBertTokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend"),
+}
+
 def load_tokenizer(folder):
     """The WordPiece tokenizer of a model folder, from tokenizer.json or else vocab.txt. Raises
-    FileNotFoundError, and ValueError for one that is not BERT's."""
-    path = Path(folder) / "tokenizer.json"
+    FileNotFoundError, and ValueError for one that is not BERT's, or of which its files say what is
+    not followed here, or two things."""
+    path, said = Path(folder) / "tokenizer.json", {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        found = read_json(path.with_name(name)) if path.with_name(name).is_file() else {}
+        for key in SAID.keys() & found.keys():
+            value = found[key].get("content") if isinstance(found[key], dict) else found[key]
+            expect(value is None or value in SAID[key], f"{path.with_name(name)}: {key} is "
+                   f"{value!r}; expected {' or '.join(map(str, SAID[key]))}")
+            said |= {} if value is None else {key: value}
+    lower, strip, chinese = [said.get(key) for key in list(SAID)[:3]]
     if path.is_file():
         with reading(path, "a tokenizer"):
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        tokenizer.no_padding()  # the file may bring its own; ours belongs to the batch
-        tokenizer.no_truncation()
+            tokenizer.no_padding()  # the file may bring its own; ours belongs to the batch
+            tokenizer.no_truncation()
+            own = json.loads(tokenizer.to_str())["normalizer"] or {}
+            asked = {"lowercase": lower, "strip_accents": strip, "handle_chinese_chars": chinese}
+            for key, value in asked.items():
+                expect(value is None or own.get(key, value) == value, f"{key} is {own.get(key)}, "
+                       f"tokenizer_config.json says {value}; make them agree")
     else:
         path = path.with_name("vocab.txt")
-        tokenizer = _tokenizer_from_vocab(path)
+        expect(path.is_file(), f"{path}: no such file, and no tokenizer.json; a model folder needs "
+               "one of the two", FileNotFoundError)
+        with reading(path, "a vocabulary, a token a line, in UTF-8"):
+            vocab = {token: i for i, token in enumerate(read_lines(path))}
+            missing = [token for token in SPECIAL[1:4] if token not in vocab]
+            expect(not missing, f"no {missing} in it")
+            tokenizer = tokenizers.BertWordPieceTokenizer(
+                vocab, lowercase=lower is not False, strip_accents=strip,
+                handle_chinese_chars=chinese is not False)
     with reading(path, "BERT's tokenizer"):
         pair = tokenizer.encode("a", "b")
         ends = [tokenizer.encode("a").tokens[place] for place in (0, -1)]
-        if ends != ["[CLS]", "[SEP]"] or not set(pair.type_ids) <= {0, 1}:
-            raise ValueError("a text must become [CLS] ... [SEP], in segments 0 and 1")
-    return tokenizer
-
-def _tokenizer_from_vocab(path):
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file, and no tokenizer.json; a model folder "
-                                "needs one of the two")
-    config_path = path.with_name("tokenizer_config.json")
-    config = read_json(config_path) if config_path.is_file() else {}
-    names = {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True}
-    lower, strip, chinese = [config.get(name, default) for name, default in names.items()]
-    for name, value in zip(names, (lower, strip, chinese), strict=True):
-        if value not in (None, True, False):
-            raise ValueError(f"{config_path}: {name} is {value!r}; expected true or false")
-    with reading(path, "a vocabulary, a token a line, in UTF-8"):
-        model = tokenizers.models.WordPiece.from_file(str(path), unk_token="[UNK]")
-        tokenizer = tokenizers.Tokenizer(model)
-        missing = [token for token in SPECIAL[1:4] if tokenizer.token_to_id(token) is None]
-        if missing:
-            raise ValueError(f"no {missing[0]} in it")
-    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(
-        lowercase=bool(lower), strip_accents=strip, handle_chinese_chars=bool(chinese))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = tokenizers.processors.BertProcessing(
-        ("[SEP]", tokenizer.token_to_id("[SEP]")), ("[CLS]", tokenizer.token_to_id("[CLS]")))
-    tokenizer.add_special_tokens([t for t in SPECIAL if tokenizer.token_to_id(t) is not None])
+        expect(ends == ["[CLS]", "[SEP]"] and set(pair.type_ids) <= {0, 1},
+               "a text must become [CLS] ... [SEP], in segments 0 and 1")
+    added = path.with_name("added_tokens.json")
+    for token, number in (read_json(added) if added.is_file() else {}).items():
+        expect(tokenizer.token_to_id(token) == number, f"{added}: {token!r} is not token {number} "
+               f"of {path.name}; make a tokenizer.json of both with transformers")
     return tokenizer
 
 def label_ids(tokenizer, words):
@@ -247,18 +247,21 @@ def label_ids(tokenizer, words):
     ids = []
     for word in words:
         found = tokenizer.encode(word, add_special_tokens=False).ids
-        if len(found) != 1 or found[0] == tokenizer.token_to_id("[UNK]"):
-            raise ValueError(f"label word {word!r} is not one token of the model's vocabulary "
-                             "(tokenizer.json or vocab.txt)")
+        expect(len(found) == 1 and found[0] != tokenizer.token_to_id("[UNK]"),
+               f"label word {word!r} is not one token of the model's vocabulary (tokenizer.json or "
+               "vocab.txt)")
         ids += found
     return torch.tensor(ids)
 
 @dataclass
 class Encoded:
-    """N tokenised examples: `ids` and `segments` are lists of N lists, `labels` (N,) or None."""
+    """N tokenised examples: `ids` and `segments` are lists of N lists, `labels` (N,) or None; `pad`
+    is the id of padding; `cut` of the texts were too long."""
     ids: list
     segments: list
     labels: np.ndarray
+    pad: int = 0
+    cut: int = 0
 
     def __len__(self):
         return len(self.ids)
@@ -270,24 +273,30 @@ class Encoded:
 def encode(tokenizer, texts, labels, max_length):
     """Texts (N strings or pairs) -> Encoded. A pair that is too long loses tokens from the end of
     whichever text is longer at the time."""
-    if max_length < 5 and isinstance(texts[0], tuple):
-        raise ValueError(f"--max-length {max_length}: a pair needs 5 tokens at least")
+    expect(max_length >= 5 or isinstance(texts[0], str),
+           f"--max-length {max_length}: a pair needs 5 tokens at least")
     tokenizer.enable_truncation(max_length, strategy="longest_first")
-    encodings = tokenizer.encode_batch(texts)
-    return Encoded([e.ids for e in encodings], [e.type_ids for e in encodings], labels)
+    found = tokenizer.encode_batch(texts)
+    pad = tokenizer.token_to_id("[PAD]") or 0
+    return Encoded([e.ids for e in found], [e.type_ids for e in found], labels, pad,
+                   sum(bool(e.overflowing) for e in found))
 
 def encode_corpus(tokenizer, texts, max_length):
-    """Texts -> Encoded, without those in which no word is known. Raises ValueError if none is."""
-    found, special = encode(tokenizer, texts, None, max_length), special_ids(tokenizer)
-    known = [i for i, ids in enumerate(found.ids) if not set(ids) <= set(special)]
-    if not known:
-        raise ValueError(f"{printable(texts[0], 80)!r}, and {len(texts) - 1} more lines of the "
-                         "corpus: no word is in the model's vocabulary")
-    return Encoded([found.ids[i] for i in known], [found.segments[i] for i in known], None)
+    """Texts -> Encoded, a long text in several pieces, without pieces in which no word is known.
+    Raises ValueError if none is."""
+    tokenizer.enable_truncation(max_length)
+    found = [piece for e in tokenizer.encode_batch(texts) for piece in (e, *e.overflowing)]
+    special = set(special_ids(tokenizer))
+    known = [piece for piece in found if not set(piece.ids) <= special]
+    expect(known, f"{printable(texts[0], 80)!r}, and {len(texts) - 1} more lines of the corpus: no "
+           "word is in the model's vocabulary")
+    return Encoded([e.ids for e in known], [e.type_ids for e in known], None,
+                   tokenizer.token_to_id("[PAD]") or 0)
 
 def batches(encoded, batch_size, generator=None):
     """Yields dicts of tensors: index (B,), input_ids and token_type_ids (B, T), attention_mask
-    (B, T) or None where nothing is padded, labels (B,) or None.
+    (B, T) or None where nothing is padded, labels (B,) or None, and places (B,): at which of the
+    B * T tokens an answer is asked for, here each [CLS].
 
     With a generator in random order, but neighbours in length share a batch: padding is wasted
     work. Without one the longest come first, so what does not fit into memory fails at once."""
@@ -308,7 +317,8 @@ def batches(encoded, batch_size, generator=None):
 
 def _batch(encoded, index, lengths):
     shape = (len(index), lengths.max())
-    input_ids, segments, mask = np.zeros((3, *shape), np.int64)  # [PAD] is 0 in every BERT
+    input_ids, segments, mask = np.zeros((3, *shape), np.int64)
+    input_ids += encoded.pad
     for row, (i, length) in enumerate(zip(index, lengths, strict=True)):
         input_ids[row, :length] = encoded.ids[i]
         segments[row, :length] = encoded.segments[i]
@@ -317,37 +327,40 @@ def _batch(encoded, index, lengths):
             "input_ids": torch.from_numpy(input_ids),
             "token_type_ids": torch.from_numpy(segments),
             "attention_mask": None if mask.all() else torch.from_numpy(mask),
+            "places": torch.arange(len(index)) * shape[1],
             "labels": None if encoded.labels is None else torch.from_numpy(encoded.labels[index])}
 
-def training_batches(encoded, s, step=0, change=None):
+def training_batches(encoded, s, step, ask):
     """The batches of all epochs, from a step on; s has epochs, batch_size and seed. Each epoch has
-    its own generator, so a resumed run finds its order again; `change(batch, generator)` draws from
-    it too."""
+    its own generator, so a resumed run finds its order again; `ask(batch, generator)`, which says
+    what is asked of a batch, draws from it too."""
+    if not s.epochs:
+        return
     epoch, done = divmod(step, math.ceil(len(encoded) / s.batch_size))
     for number in range(epoch, s.epochs):
         generator = torch.Generator().manual_seed(seed_of(s.seed, number))
-        found = batches(encoded, s.batch_size, generator)
-        if change:
-            found = (change(batch, generator) for batch in found)
+        found = (ask(batch, generator) for batch in batches(encoded, s.batch_size, generator))
         yield from itertools.islice(found, done, None)  # those skipped draw their numbers too
         done = 0
 
 def seed_of(*numbers):
-    """One seed, of 32 bits, that differs with each number. No sum: then seed 1 would begin where
-    seed 0 goes on."""
+    """One seed, of 32 bits, of several numbers. No sum: then seed 1 would begin where seed 0 goes
+    on."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 def hide_words(batch, tokenizer, generator, rate=0.15, cls_word=False, everywhere=False):
     """Masked language modelling: asks for a share of a batch's words, never for a special token. Of
     the words asked for, 80 % become [MASK], 10 % a random token, 10 % stay.
 
-    Adds `places`, the indices of K tokens among the B * T, and `labels` (K,), what stood there.
+    `places` become the indices of K tokens among the B * T, `labels` (K,) what stood there.
     `everywhere` adds the other tokens too, with label -100: a teacher is heard there. `cls_word`
     asks [CLS] for a random word of its text: nothing else trains it, and the head reads there."""
     ids = batch["input_ids"]
     special = torch.tensor(special_ids(tokenizer))
     draw = torch.rand(ids.shape, generator=generator)
-    draw[torch.isin(ids, special)] = 2  # above any rate
+    mask = batch["attention_mask"]
+    mask = torch.ones_like(ids) if mask is None else mask
+    draw[torch.isin(ids, special) | (mask == 0)] = 2  # above any rate
     asked = draw <= max(rate, draw.min())  # one word at least
     fate = torch.rand(ids.shape, generator=generator)
     random_ids = torch.randint(tokenizer.get_vocab_size(), ids.shape, generator=generator)
@@ -357,11 +370,7 @@ def hide_words(batch, tokenizer, generator, rate=0.15, cls_word=False, everywher
     if cls_word:
         drawn = torch.rand(ids.shape, generator=generator) * (draw < 2)
         labels[:, 0] = ids.gather(1, drawn.argmax(1, keepdim=True))[:, 0]
-    here = labels >= 0
-    if everywhere:
-        here = batch["attention_mask"]
-        here = torch.ones_like(ids) if here is None else here
-    places = here.flatten().nonzero()[:, 0]
+    places = (mask if everywhere else labels >= 0).flatten().nonzero()[:, 0]
     return batch | {"input_ids": hidden, "places": places, "labels": labels.flatten()[places]}
 
 def special_ids(tokenizer):
@@ -369,10 +378,13 @@ def special_ids(tokenizer):
     return [i for i in ids if i is not None]
 
 def copy_tokenizer(source, folder):
-    """Copies the vocabulary of a model folder into another folder."""
+    """Makes the vocabulary of a model folder that of another folder too."""
     for name in TOKENIZER_FILES:
         if (Path(source) / name).is_file():
-            shutil.copyfile(Path(source) / name, Path(folder) / name)
+            with whole(Path(folder) / name) as part:
+                shutil.copyfile(Path(source) / name, part)
+        else:
+            (Path(folder) / name).unlink(missing_ok=True)
 
 # ---- Metrics and predictions, as GLUE defines them ------------------------------------------
 
@@ -384,10 +396,6 @@ def f1(predicted, true):
     hits = np.sum((predicted == 1) & (true == 1))
     positives = np.sum(predicted == 1) + np.sum(true == 1)
     return float(2 * hits / positives) if positives else 0.0
-
-def matthews(predicted, true):
-    """The correlation of two binary variables, in [-1, 1]; 0 where one of them is constant."""
-    return pearson(predicted, true)
 
 def pearson(predicted, true):
     """The linear correlation, in [-1, 1]; 0 where one side is constant."""
@@ -405,7 +413,7 @@ def spearman(predicted, true):
 
     return pearson(ranks(predicted), ranks(true))
 
-METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pearson,
+METRICS = {"accuracy": accuracy, "f1": f1, "matthews": pearson, "pearson": pearson,
            "spearman": spearman}
 
 def evaluate_metrics(task, logits, labels):
@@ -437,24 +445,64 @@ def zip_predictions(paths):
             z.write(file, file.name)
     return path
 
-# ---- The mask file: at most about one bit a weight ------------------------------------------
+# ---- One container: masks, small models, checkpoints ----------------------------------------
 
-# What a mask file may unpack to, in all and a matrix. BERT-large has 302 and 4 million.
+# What a file may unpack to, in all and a tensor. BERT-large has 302 and 4 million masked weights.
 MOST_WEIGHTS, LARGEST_MATRIX = 320_000_000, 8_000_000
 
-def save_masks(path, masks, metadata):
-    """Writes {name: mask} to a safetensors file, with metadata that JSON can hold. Of a matrix that
-    keeps most of its weights the pruned ones are encoded, else the kept ones."""
-    inverted = [name for name, mask in masks.items() if 2 * mask.count_nonzero() > mask.numel()]
-    packed = {}
-    for name, mask in masks.items():
-        flags = mask.detach().cpu().numpy().astype(bool)
-        packed[name] = encode_gaps(~flags if name in inverted else flags)
-    shapes = {name: list(mask.shape) for name, mask in masks.items()}
-    header = {"shapes": shapes, "inverted": inverted, "metadata": metadata}
-    header = {"format": "smp-mask-2"} | {key: json.dumps(x) for key, x in header.items()}
+def save_packed(path, kind, tensors, header, pack=True):
+    """Writes {name: tensor} and a header (a dict that JSON can hold) to a safetensors file, with a
+    checksum over both. A bool tensor takes about its entropy. Of one that is mostly zeros only the
+    others and their places are written, unless `pack` is False."""
+    stored, shapes = {}, {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        flags, n = (tensor != 0).numpy(), tensor.numel()
+        is_mask, mostly_set = tensor.dtype == torch.bool, 2 * np.count_nonzero(flags) > n
+        if is_mask or (pack and not mostly_set and n <= LARGEST_MATRIX):
+            shapes[name] = list(tensor.shape)
+            rarer = "holes" if mostly_set else "places"
+            stored[f"{name}:{rarer}"] = torch.tensor(encode_gaps(~flags if mostly_set else flags))
+            tensor = tensor[tensor != 0]
+        if not is_mask:
+            stored[name] = tensor
+    check_sizes(shapes)
+    header = json.dumps(header | {"shapes": shapes})
+    metadata = {"format": f"smp-3-{kind}", "header": header, "sha256": checksum(header, stored)}
     with whole(path) as part:
-        safetensors.numpy.save_file(packed, part, metadata=header)
+        safetensors.torch.save_file(stored, part, metadata=metadata)
+
+def check_sizes(shapes):
+    sizes = [size for shape in shapes.values() for size in shape]
+    expect(all(type(size) is int and size >= 0 for size in sizes), "its shapes are no sizes")
+    weights = [0, *map(math.prod, shapes.values())]
+    expect(sum(weights) <= MOST_WEIGHTS and max(weights) <= LARGEST_MATRIX,
+           f"over {MOST_WEIGHTS:,} weights in all, or {LARGEST_MATRIX:,} in one")
+
+def load_packed(path, kind):
+    """The reverse of save_packed: ({name: tensor}, header). Raises ValueError."""
+    with reading(path, f"a {kind} file"), safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        expect(metadata.get("format") == f"smp-3-{kind}", f"format is {metadata.get('format')!r}; "
+               f"expected 'smp-3-{kind}'; one of an earlier version must be made again")
+        stored = {name: file.get_tensor(name) for name in file.keys()}
+        expect(checksum(metadata["header"], stored) == metadata["sha256"],
+               "damaged: the checksum is not that of the content")
+        header = json.loads(metadata["header"])
+        shapes = header.pop("shapes")
+        check_sizes(shapes)
+        tensors = {name: tensor for name, tensor in stored.items() if ":" not in name}
+        for name, shape in shapes.items():
+            inverted = f"{name}:holes" in stored
+            packed = stored[f"{name}:holes" if inverted else f"{name}:places"]
+            flags = torch.from_numpy(decode_gaps(packed.numpy(), math.prod(shape)))
+            flags = ~flags if inverted else flags
+            if name in stored:  # the values at those places; a mask has none
+                values = stored[name]
+                expect(len(values) == flags.sum(), f"{name} has other values than places")
+                flags = values.new_zeros(len(flags)).masked_scatter(flags, values)
+            tensors[name] = flags.view(shape)
+    return tensors, header
 
 def encode_gaps(flags):
     """Flags of any shape -> bytes: how many unset ones precede each set one, Huffman-coded by zlib.
@@ -472,62 +520,11 @@ def decode_gaps(packed, size):
     symbols = np.frombuffer(coder.decompress(packed.tobytes(), size + 1), np.uint8)
     is_end = symbols < 255
     places = np.cumsum(symbols + is_end, dtype=np.int64)[is_end] - 1  # 2 0 -> 3 4 -> 2 3
-    if not coder.eof or (len(places) and places[-1] >= size):
-        raise ValueError(f"its content does not fit {size:,} weights")
+    expect(coder.eof and (not len(places) or places[-1] < size),
+           f"its content does not fit {size:,} weights")
     flags = np.zeros(size, bool)
     flags[places] = True
     return flags
-
-def load_masks(path, shapes=None):
-    """The reverse of save_masks: a path -> ({name: bool mask}, metadata). `shapes`, the model's
-    {name: tuple}, are compared before anything is unpacked. Raises ValueError."""
-    found, inverted, metadata = _read_mask_header(path)
-    expected = found if shapes is None else shapes
-    for name in {**expected, **found}:
-        if found.get(name) != expected.get(name):
-            raise ValueError(f"{path}: {printable(name, 80)} is {found.get(name, 'not in it')}, in "
-                             f"the model {expected.get(name, 'unknown')}; give the model that it "
-                             "was made for as --model")
-    masks = {}
-    with reading(path, "a whole mask file"), safe_open(path, "np") as file:
-        for name, shape in found.items():
-            flags = decode_gaps(file.get_tensor(name), math.prod(shape))
-            if name in inverted:
-                np.logical_not(flags, out=flags)
-            masks[name] = torch.from_numpy(flags).view(shape)
-    return masks, metadata
-
-def read_metadata(path):
-    """The metadata of a mask that train.py wrote, without its masks. Raises ValueError."""
-    metadata = _read_mask_header(path)[2]
-    with reading(path, "a mask that train.py wrote"):
-        texts = [metadata[name] for name in ("task", "base", "fingerprint")]
-        if texts[0] not in TASKS or not all(isinstance(text, str) for text in texts):
-            raise ValueError("its metadata do not say for which task and model it is")
-        if not isinstance(metadata["settings"], dict):
-            raise ValueError("its settings are no table")
-    return metadata
-
-def _read_mask_header(path):
-    """A mask file -> ({name: shape}, names of the inverted ones, metadata)."""
-    with reading(path, "a mask file"), safe_open(path, "np") as file:
-        header = file.metadata() or {}
-        if header.get("format") != "smp-mask-2":
-            raise ValueError(f"format is {header.get('format')!r}; expected 'smp-mask-2'")
-        shapes, inverted, metadata = [json.loads(header[key])
-                                      for key in ("shapes", "inverted", "metadata")]
-        shapes = _checked_shapes(shapes)
-    return shapes, inverted, metadata
-
-def _checked_shapes(shapes):
-    shapes = {name: tuple(shape) for name, shape in shapes.items()}
-    sizes = [size for shape in shapes.values() for size in shape]
-    if any(type(size) is not int or size < 0 for size in sizes):
-        raise ValueError("its shapes are no sizes")
-    weights = [0, *(math.prod(shape) for shape in shapes.values())]
-    if sum(weights) > MOST_WEIGHTS or max(weights) > LARGEST_MATRIX:
-        raise ValueError(f"over {MOST_WEIGHTS:,} weights in all, or {LARGEST_MATRIX:,} in one")
-    return shapes
 
 def kept_and_total(masks):
     """(weights kept, weights in all), counted from the masks themselves."""
@@ -552,58 +549,6 @@ def density_table(masks):
     shares = [100 * (1 - sparsity_of(same)) for same in same_type.values()]
     foot = "all      " + "".join(f"{share:>9.1f}" for share in shares)
     return "\n".join([head, *rows.values(), foot])
-
-# ---- Models in few bytes --------------------------------------------------------------------
-
-def save_int8(path, quantised):
-    """Writes {name: (int8 (out, in), scales (out, 1))} as name.weight and name.scale."""
-    tensors = {}
-    for name, (q, scale) in quantised.items():
-        tensors |= {f"{name}.weight": q.cpu(), f"{name}.scale": scale.cpu()}
-    with whole(path) as part:
-        safetensors.torch.save_file(tensors, part)
-
-def save_sparse(path, state, scales, metadata):
-    """Writes {name: tensor} small. Of a tensor that is mostly zeros only the others are written,
-    and their places as in a mask file. One with a scale (rows, 1) is a multiple of it, in int8."""
-    stored, shapes = {}, {}
-    for name, tensor in state.items():
-        tensor = tensor.detach().cpu()
-        if name in scales:
-            stored[f"{name}:scale"] = scales[name].cpu()
-            tensor = (tensor / scales[name].cpu()).round().to(torch.int8)
-        if 2 * tensor.count_nonzero() < tensor.numel():
-            shapes[name] = list(tensor.shape)
-            stored[f"{name}:places"] = torch.tensor(encode_gaps(tensor.numpy()))
-            tensor = tensor[tensor != 0]
-        stored[name] = tensor.contiguous()
-    header = {"format": "smp-sparse-1", "shapes": json.dumps(shapes), **metadata}
-    with whole(path) as part:
-        safetensors.torch.save_file(stored, part, metadata=header)
-
-def load_sparse(path):
-    """The reverse of save_sparse: ({name: float32 tensor}, metadata). Raises ValueError."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; --eval MASK --export DIR --sparse makes it")
-    with reading(path, "a small model"), safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-        if metadata.get("format") != "smp-sparse-1":
-            raise ValueError(f"format is {metadata.get('format')!r}; expected 'smp-sparse-1'")
-        shapes, state = _checked_shapes(json.loads(metadata["shapes"])), {}
-        names = set(file.keys())
-        for name in sorted(name for name in names if ":" not in name):
-            tensor = file.get_tensor(name)
-            if name in shapes:
-                packed = file.get_tensor(f"{name}:places").numpy()
-                places = torch.from_numpy(decode_gaps(packed, math.prod(shapes[name])))
-                tensor = tensor.new_zeros(len(places)).masked_scatter(places, tensor)
-                tensor = tensor.view(shapes[name])
-            if f"{name}:scale" in names:
-                tensor = tensor * file.get_tensor(f"{name}:scale")
-            if not tensor.isfinite().all():
-                raise ValueError(f"nan or inf in {name}")
-            state[name] = tensor.float()
-    return state, metadata
 
 # ---- Downloads ------------------------------------------------------------------------------
 
@@ -641,8 +586,9 @@ def _download(url, path):
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise OSError(f"{url}: cannot be fetched ({error}); without a network, put GLUE's TSV "
                       "folders into --data") from None
-    if size and path.stat().st_size != size:
-        raise OSError(f"{url}: broke off after {path.stat().st_size} of {size} bytes; try again")
+    arrived = path.stat().st_size
+    expect(size in (0, arrived), f"{url}: broke off after {arrived} of {size} bytes; try again",
+           OSError)
     return path
 
 def _copy(source, target, name, bar=None):
@@ -650,8 +596,7 @@ def _copy(source, target, name, bar=None):
     while chunk := source.read(1 << 16):
         target.write(chunk)
         copied += len(chunk)
-        if copied > LARGEST:
-            raise ValueError(f"{name} is larger than anything in GLUE")
+        expect(copied <= LARGEST, f"{name} is larger than anything in GLUE")
         if bar is not None:
             bar.update(len(chunk))
 
@@ -661,8 +606,7 @@ def _unpack(archive, task, folder):
         with zipfile.ZipFile(archive) as z:
             for split in ("train", *task.dev, *task.test):
                 name = f"{task.folder}/{split}.tsv"
-                if name not in z.namelist():
-                    raise ValueError(f"no {name} in it")
+                expect(name in z.namelist(), f"no {name} in it")
                 with z.open(name) as source, open(folder / f"{split}.tsv", "wb") as target:
                     _copy(source, target, name)
 
@@ -688,11 +632,14 @@ def _build_mrpc(base, folder):
 
 # ---- Files that are whole, whatever happens -------------------------------------------------
 
+def expect(fine, message, error=ValueError):
+    if not fine:
+        raise error(message)
+
 @contextlib.contextmanager
 def reading(path, what):
     """Inside, whatever a parser raises becomes a ValueError that names the file."""
-    if Path(path).is_dir():
-        raise ValueError(f"{path}: a folder; expected {what}")
+    expect(not Path(path).is_dir(), f"{path}: a folder; expected {what}")
     try:
         yield
     except (KeyboardInterrupt, GeneratorExit, SystemExit, FileNotFoundError):
@@ -704,17 +651,16 @@ def read_json(path):
     """A file with a JSON object -> dict. Raises ValueError that names the file."""
     with reading(path, "a JSON file"):
         found = json.loads(path.read_text("utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("expected an object in braces")
+        expect(isinstance(found, dict), "expected an object in braces")
     return found
 
 @contextlib.contextmanager
 def whole(path):
     """Gives a temporary name beside `path` to write to. Afterwards the file is there, whole and on
-    disk, or what was there before is untouched."""
+    disk, or what was there before is untouched. Raises OSError that names the file."""
     part = Path(f"{path}.part")
-    part.unlink(missing_ok=True)  # not through a link
     try:
+        part.unlink(missing_ok=True)  # not through a link
         part.touch()
         mode = part.stat().st_mode  # an ordinary one: safetensors makes files private
         yield part
@@ -722,50 +668,27 @@ def whole(path):
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path}: cannot be written ({error}); what was there before is "
+                      "untouched") from None
     finally:
         part.unlink(missing_ok=True)
 
-@contextlib.contextmanager
-def staging(folder, names):
-    """Gives an empty folder to write files to. Afterwards those in `names` are in `folder`, each of
-    them whole; one that was not written is not there either."""
-    scratch = folder / ".saving"
-    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
-    scratch.mkdir(parents=True)
-    try:
-        yield scratch
-        for name in names:
-            if (scratch / name).exists():
-                with whole(folder / name) as part:
-                    os.replace(scratch / name, part)
-            else:
-                (folder / name).unlink(missing_ok=True)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+def claim(folder, names, overwrite, mend="give --overwrite, or another folder"):
+    """Raises FileExistsError if the folder holds one of these files, unless they may be replaced.
+    To be called before the first of them is written."""
+    held = [name for name in names if os.path.lexists(Path(folder) / name)]
+    expect(overwrite or not held, f"{folder}: holds {held and held[0]} already; {mend}",
+           FileExistsError)
 
-class Log:
-    """metrics.jsonl: a JSON object a line. `mark`, from an earlier mark(), says where to go on; the
-    rest is cut off, since a resumed run writes it again."""
+def remove(paths):
+    for path in paths:
+        path.unlink(missing_ok=True)
 
-    def __init__(self, path, mark=None):
-        self.file, self.digest = open(path, "a+b"), hashlib.sha256()
-        size, digest = mark or (0, self.digest.hexdigest())
-        self.file.seek(0)
-        self.digest.update(self.file.read(size))
-        if self.digest.hexdigest() != digest:
-            raise ValueError(f"{path}: not what its checkpoint says; start over with --overwrite")
-        self.file.truncate(size)
-
-    def __call__(self, event, **entry):
-        line = json.dumps({"event": event} | entry).encode() + b"\n"
-        self.file.write(line)
-        self.file.flush()
-        self.digest.update(line)
-
-    def mark(self):
-        """[bytes so far, their SHA-256], all of them on disk."""
-        os.fsync(self.file.fileno())
-        return [self.file.tell(), self.digest.hexdigest()]
+def write_log(path, entries):
+    """metrics.jsonl: a JSON object a line."""
+    with whole(path) as part:
+        part.write_text("".join(json.dumps(entry) + "\n" for entry in entries), "utf-8")
 
 def read_log(path):
     """The whole lines of a log, as dicts; none if the first is not the settings of a run."""
@@ -780,46 +703,24 @@ def read_log(path):
 def compare_settings(path, written, settings):
     """Raises ValueError if a log or a checkpoint was written with other settings than these."""
     for key, value in json.loads(json.dumps(settings)).items():
-        same = value is None or key not in written or written[key] == value
-        if not same and key not in ("out", "device"):  # None: not decided yet
-            raise ValueError(f"{path}: written with {key} {written[key]}, this run has {value}; "
-                             "resume with the flags of that run, or give another --out")
+        expect(written.get(key, value) == value or key in ("out", "device"),
+               f"{path}: written with {key} {written.get(key)}, this run has {value}; resume with "
+               "the flags of that run, or give another --out")
 
 def checksum(text, tensors=()):
     """SHA-256, in hex, of a string and of {name: tensor}, in the order of the names."""
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
-        digest.update(name.encode() + tensors[name].cpu().numpy().tobytes())
+        tensor = tensors[name].cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
-def save_checked(path, tensors, header):
-    """Writes {name: tensor} and a header (anything JSON can hold), with their checksum."""
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    header = json.dumps(header)
-    metadata = {"header": header, "sha256": checksum(header, tensors)}
-    try:
-        with whole(path) as part:
-            safetensors.torch.save_file(tensors, part, metadata=metadata)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"{path}: cannot be written ({error}); the one before it, if any, is "
-                      "untouched: --resume goes on from there") from None
-
-def load_checked(path):
-    """The reverse of save_checked: ({name: tensor}, header). Raises ValueError for a damaged
-    one."""
-    with reading(path, "a checkpoint; start over with --overwrite"):
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if checksum(metadata["header"], tensors) != metadata["sha256"]:
-            raise ValueError("damaged: the checksum is not that of the content")
-        return tensors, json.loads(metadata["header"])
-
 @contextlib.contextmanager
-def only_run_in(folder):
+def only_run_in(folder, rank=0):
     """Inside, a second run in the folder is refused. The system drops the lock with the process."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a") as file:
+    with open(folder / f".lock{rank or ''}", "a") as file:
         try:
             import fcntl
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -871,6 +772,9 @@ class Unbreakable:
     def __init__(self, stream):
         self.stream = stream
 
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
     def write(self, text):
         encoding = getattr(self.stream, "encoding", None) or "utf-8"
         with contextlib.suppress(OSError, ValueError):
@@ -879,9 +783,6 @@ class Unbreakable:
     def flush(self):
         with contextlib.suppress(OSError, ValueError):
             self.stream.flush()
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
 
 def peak_mb(device):
     """The most memory this process has held, in MB: on the GPU if it ran there, else in all."""
@@ -908,14 +809,13 @@ SIZES = {"test": 1000, "dev": 1000, "train": 8000, "corpus": 16_000}
 
 def write_demo(folder, seed=0, sizes=SIZES):
     """Writes a made-up task in SST-2's layout, folder/DEMO/{train,dev,test}.tsv, and what a BERT
-    learns its language from: corpus.txt, a text a line, and vocab.txt.
+    learns its language from: corpus.txt, a text a line, and vocab.txt. Raises FileExistsError
+    rather than replace a file that is not the demo's.
 
     No word tells alone: "hardly dull" is praise. The corpus has no labels, but each text ends in a
     verdict, "... . overall it was great", so the label words occur where they belong. No sentence
     of dev or test is in train or in the corpus."""
-    rng, folder = random.Random(seed), Path(folder)
-    (folder / "DEMO").mkdir(parents=True, exist_ok=True)
-    held_out = set()
+    rng, held_out, files = random.Random(seed), set(), {}
     for split in ("test", "dev", "train"):
         reviews = []
         for _ in range(sizes[split]):
@@ -925,7 +825,7 @@ def write_demo(folder, seed=0, sizes=SIZES):
         lines = ["sentence\tlabel", *(f"{text}\t{int(good)}" for text, good in reviews)]
         if split == "test":
             lines = ["index\tsentence", *(f"{i}\t{text}" for i, (text, _) in enumerate(reviews))]
-        (folder / f"DEMO/{split}.tsv").write_text("\n".join(lines) + "\n", "utf-8")
+        files[f"DEMO/{split}.tsv"] = lines
     corpus = []
     for _ in range(sizes["corpus"]):
         text, good = _review(rng, held_out)
@@ -933,8 +833,15 @@ def write_demo(folder, seed=0, sizes=SIZES):
         corpus.append(f"{text} . {verdict}")
     letters = "abcdefghijklmnopqrstuvwxyz"  # any other word can be spelled with them
     words = sorted({*" ".join(corpus).split(), *letters}) + [f"##{letter}" for letter in letters]
-    (folder / "corpus.txt").write_text("\n".join(corpus) + "\n", "utf-8")
-    (folder / "vocab.txt").write_text("\n".join([*SPECIAL, *words]) + "\n", "utf-8")
+    files |= {"corpus.txt": corpus, "vocab.txt": [*SPECIAL, *words]}
+    contents = {Path(folder, name): "\n".join(lines) + "\n" for name, lines in files.items()}
+    for path, text in contents.items():
+        expect(not path.exists() or path.read_bytes() == text.encode(),
+               f"{path}: not the demo's; give another folder as --data", FileExistsError)
+    for path, text in contents.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole(path) as part:
+            part.write_bytes(text.encode())
 
 def _review(rng, held_out):
     """A sentence that is not held out, and whether it is praise."""

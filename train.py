@@ -2,10 +2,10 @@
 
     python train.py --task mrpc --sparsity 0.9
 
-Read from the top: the methods; several processes (to be skipped at first); one run; what it leaves
-on disk; masks at work; the report; the demo; and last defaults, flags and main. The method is in
-smp.py, the network in bert.py, the data in data.py. `s` is always the settings of a run, from
-settings_of.
+The methods and the loop stand first. What they call follows: a model and what a task asks of it, a
+run, what it leaves on disk, masks at work, the report, the demo, flags and main; several processes
+come last. The equations are in smp.py, the network in bert.py, the data in data.py. `s` is always
+the settings of a run, from settings_of.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from torch import nn
 import bert
 import data
 import smp
+from data import expect
 
 # A method is three choices: where the scores come from (or the mask), the rule that says how many
 # weights of a matrix stay (smp.RULES), and whether the weights train too.
@@ -46,239 +47,267 @@ METHODS = {
     "finetune":      (None,        None,        "trained"),  # dense
 }
 
-# ---- Several processes ----------------------------------------------------------------------
-# `torchrun --nproc-per-node 2 train.py ...` starts this program twice. Each process takes its part
-# of every batch, and the gradients are added up. So all have equal scores, and choose equal masks.
-# The first one writes and prints.
+DIVERGED = "nan or inf in what is being learned: the run has diverged"
 
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+# ---- The method: one step, and the loop around it -------------------------------------------
 
-@contextlib.contextmanager
-def joined(device):
-    """Inside, the processes hear each other, on GPUs through NCCL, else through gloo."""
-    if PROCESSES == 1:
-        yield
-        return
-    if device.startswith("cuda"):
-        torch.cuda.set_device(device)
-    # An optimizer imports this. If it did so later, threads would outlive the group and crash.
-    from torch import _dynamo  # noqa: F401
-    dist.init_process_group()
-    with contextlib.ExitStack() as stack:
-        if RANK:
-            nowhere = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-            stack.enter_context(contextlib.redirect_stderr(nowhere))
-        yield
-    dist.destroy_process_group()
+def train_step(run, batch):
+    """One step of the method. Returns the task's loss before it, a scalar tensor."""
+    s = run.s
+    run.choose_masks()  # by the rule of the method, at this step's sparsity
+    batch, share = part_of(batch)  # in one process all of it, and 1
+    batch = run.on_device(batch)
+    torch.manual_seed(data.seed_of(s.seed, run.step, RANK))  # so a resumed run drops the same
 
-def from_first(x):
-    """What x is in the first process. All wait for it."""
-    if PROCESSES > 1:
-        box = [x]
-        dist.broadcast_object_list(box, device=torch.device("cpu"))
-        return box[0]
-    return x
+    logits = run.logits(batch)  # each layer uses W' = W * M
+    taught = run.teacher(batch)
+    loss = smp.objective(logits, batch["labels"], taught, s.temperature, s.teacher_weight)
+    loss = share * loss
+    loss.backward()  # now scores.grad is dL/dW' * W
+    loss = loss.detach()
+    add_up([loss, *(p.grad for p in run.learned if p.grad is not None)])  # over processes
 
-@contextlib.contextmanager
-def first_alone():
-    """The first process does what is inside; then the others do, and find it done."""
-    if RANK:
-        from_first(None)
-    yield
-    if not RANK:
-        from_first(None)
+    if s.scores_from == "learned":
+        run.measure_lambda()
+        growth = smp.sparsity_at(run.step, s.steps, 1.0)  # from 0 to 1, over all steps
+        smp.add_regularizer_gradient(run.scores, run.lam * growth)
 
-def add_up(tensors):
-    """Makes each tensor the sum of those of all processes, in place."""
-    if PROCESSES > 1:
-        for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
-            work.wait()
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(run.step, s.steps, group["peak"], group["warmup"], s.hold_steps)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    run.step += 1
+    return loss
 
-def part_of(batch):
-    """This process's part of a batch, and its share of what the batch asks: a mean over the batch
-    is the sum over the parts of share * mean."""
-    size, length = batch["input_ids"].shape
-    first, end = size * RANK // PROCESSES, size * (RANK + 1) // PROCESSES
-    part = {key: x if x is None else x[first:end] for key, x in batch.items()}
-    if "places" in batch:  # of mlm: K places, indices of tokens, and a label for each
-        mine = (batch["places"] >= first * length) & (batch["places"] < end * length)
-        part["places"] = batch["places"][mine] - first * length
-        part["labels"] = batch["labels"][mine]
-    asked, of_all = [(x["labels"] != -100).sum().item() for x in (part, batch)]
-    return (part, asked / of_all) if asked else (batch, 0.0)  # a mean over nothing is nan
+def train(run):
+    """All steps that are still to do. Ctrl-C lets a step end and writes a checkpoint."""
+    s = run.s
+    with data.progress_bar(s.method, s.steps, run.step) as bar:
+        for batch in run.batches():
+            loss = train_step(run, batch)
+            evaluates = run.step % s.eval_every == 0 or run.step == s.steps
+            if evaluates or run.step % 20 == 0:  # seldom, since to read a loss waits for a GPU
+                run.watch(loss, bar)
+            if evaluates:
+                run.evaluate_and_keep_best(loss.item(), bar)
+            run.save_checkpoint_if_due()
+        if not s.steps:  # a random mask: there was nothing to learn
+            run.evaluate_and_keep_best(None, bar)
 
-# ---- One run --------------------------------------------------------------------------------
+def learning_rate(step, steps, peak, warmup_steps, hold_steps=0):
+    """The peak, times a rise over warmup_steps, times a linear fall from hold_steps on, to 0 at the
+    end. The hold is the learning-rate rewinding of Prune Once For All, which sets the rate back
+    again and again while the sparsity grows."""
+    rise = min((step + 1) / (warmup_steps + 1), 1)
+    return peak * rise * (1 - max(step - hold_steps, 0) / max(steps - hold_steps, 1))
 
-@contextlib.contextmanager
-def without_dropout(model):
-    was_training = model.training
-    model.eval()
-    yield
-    model.train(was_training)
+# ---- A model, and what a task asks of it ----------------------------------------------------
 
 class TaskModel:
-    """A BERT with the label words of a task, from a model folder. Task mlm asks for any word."""
+    """A BERT from a model folder, for the task in s, which asks for a word at some of the tokens of
+    a batch, its `places`: at each [CLS], or where words are hidden."""
 
-    def __init__(self, folder, task, s):
-        self.base, self.task, self.s = folder, task, s
+    def __init__(self, folder, s):
+        self.base, self.s, self.task = folder, s, data.TASKS[s.task]
         self.model, self.tokenizer = bert.load_pretrained(folder), data.load_tokenizer(folder)
         tokens = max(self.tokenizer.get_vocab().values()) + 1
         rows = self.model.config.vocab_size
-        if not rows - 128 < tokens <= rows:  # some models pad their embeddings to a round number
-            raise ValueError(f"{folder}: tokenizer.json or vocab.txt has {tokens} tokens, the "
-                             f"embedding {rows} rows; they are not of one model")
+        expect(tokens <= rows, f"{folder}: tokenizer.json or vocab.txt has {tokens} tokens, the "
+               f"embedding {rows} rows; they are not of one model")
+        expect(len(self.task.text) < 2 or self.model.config.type_vocab_size > 1,
+               f"{folder}/config.json: type_vocab_size is 1; the pairs of {s.task} need 2 segments")
         positions = self.model.config.max_position_embeddings
-        if s.max_length > positions:
-            raise ValueError(f"{folder}: it has {positions} positions, not {s.max_length}")
+        expect(4 <= s.max_length <= positions,
+               f"{folder}: it has {positions} positions, not {s.max_length}")
+        # At a small model's thousands of small products two threads mostly wait for each other.
+        if sum(p.numel() for p in self.model.parameters()) < 5e6 and s.device == "cpu" and (
+                "OMP_NUM_THREADS" not in os.environ):
+            torch.set_num_threads(1)
         self.fingerprint = fingerprint(self.model, self.tokenizer)
         self.model.to(s.device)
-        self.label_ids = data.label_ids(self.tokenizer, task.words).to(s.device)
+        self.asks = (Words if self.task.mlm else Labels)(self.task, self.tokenizer, s)
 
-    def encode(self, texts, labels):
-        if self.task.mlm:
-            return data.encode_corpus(self.tokenizer, texts, self.s.max_length)
-        return data.encode(self.tokenizer, texts, labels, self.s.max_length)
-
-    def encode_splits(self, names):
+    def examples(self, *splits):
         """{split: examples} of files of the task."""
-        splits = {}
-        for name in names:
-            texts, labels = data.read_split(self.task, self.s.data, name)
-            splits[name] = self.encode(texts, labels)
-        return splits
+        return {split: self.asks.encode(*self.asks.read(split)) for split in splits}
+
+    def on_device(self, batch):
+        """A copy where the model is, from pinned memory, so that the host need not wait for it."""
+        device = self.s.device
+        if device.startswith("cuda"):
+            batch = {key: x if x is None else x.pin_memory() for key, x in batch.items()}
+        return {key: x if x is None else x.to(device, non_blocking=True)
+                for key, x in batch.items()}
 
     def logits(self, batch):
-        """A batch -> the logits of the label words (B, C), of mlm those of all words at the K
-        places of the batch (K, vocabulary); float32."""
+        """A batch on the device -> logits (K, words) at its K places, float32."""
         names = ("input_ids", "attention_mask", "token_type_ids")
-        inputs = [self.on_device(batch[name]) for name in names]
-        device_type = torch.device(self.s.device).type
-        with torch.autocast(device_type, torch.bfloat16, enabled=self.s.precision == "bf16"):
-            hidden = self.model(*inputs)
-            if self.task.mlm:
-                hidden = hidden.flatten(0, 1)[self.on_device(batch["places"])]
-                return self.model.mlm_logits(hidden).float()
-        # float32: bf16 rounds the logits of two words too coarsely.
-        return self.model.label_logits(hidden.float(), self.label_ids)
-
-    def on_device(self, tensor):
-        """A copy where the model is, from pinned memory, so that the host need not wait for it."""
-        if tensor is None or not self.s.device.startswith("cuda"):
-            return tensor if tensor is None else tensor.to(self.s.device)
-        return tensor.pin_memory().to(self.s.device, non_blocking=True)
+        device_type, bf16 = torch.device(self.s.device).type, self.s.precision == "bf16"
+        with torch.autocast(device_type, torch.bfloat16, enabled=bf16):
+            hidden = self.model(*[batch[name] for name in names])
+            hidden = hidden.flatten(0, 1)[batch["places"]]
+        # bf16 rounds the logits of two words too coarsely; those of a vocabulary are too many.
+        with torch.autocast(device_type, torch.bfloat16, enabled=bf16 and self.task.mlm):
+            return self.model.mlm_logits(hidden.float(), self.asks.words).float()
 
     @torch.inference_mode()
-    def predict(self, examples):
-        """N examples -> logits (N, C), in their order."""
-        logits = torch.zeros(len(examples), len(self.label_ids))
-        with without_dropout(self.model):
-            for batch in itertools.islice(data.batches(examples, 128), RANK, None, PROCESSES):
-                logits[batch["index"]] = self.logits(batch).cpu()
-        add_up([logits])
-        if not logits.isfinite().all():
-            raise FloatingPointError("nan or inf among the logits: the run has diverged")
-        return logits.numpy()
+    def answers(self, batches):
+        """Yields (batch, logits), without dropout. Several processes share the batches out."""
+        was_training = self.model.training
+        self.model.eval()
+        for batch in itertools.islice(batches, RANK, None, PROCESSES):
+            batch = self.on_device(batch)
+            yield batch, self.logits(batch)
+        self.model.train(was_training)
 
-    def evaluate(self, dev_sets):
+class Labels:
+    """What a task with labels asks: at each [CLS] for one of the label words."""
+
+    def __init__(self, task, tokenizer, s):
+        self.task, self.tokenizer, self.s = task, tokenizer, s
+        self.words = data.label_ids(tokenizer, task.words).to(s.device)
+
+    def read(self, split, limit=None):
+        return data.read_split(self.task, self.s.data, split, limit)
+
+    def encode(self, texts, labels):
+        return data.encode(self.tokenizer, texts, labels, self.s.max_length)
+
+    def ask(self, batch, generator):
+        return batch
+
+    def predict(self, model, examples):
+        """N examples -> logits (N, C), in their order."""
+        found = torch.zeros(len(examples), len(self.words))
+        for batch, logits in model.answers(data.batches(examples, 128)):
+            found[batch["index"].cpu()] = logits.cpu()
+        add_up([found])
+        expect(found.isfinite().all(), DIVERGED, FloatingPointError)
+        return found.numpy()
+
+    def evaluate(self, model, dev_sets):
         """{metric: value}; those of MNLI's second dev set begin with "mismatched_", those of
         --holdout with "holdout_". "score" is the mean of the "holdout_" ones, without them of
         all: the best evaluation has the highest."""
-        if self.task.mlm:
-            return self.evaluate_words(dev_sets["dev"])
         metrics, prefixes = {}, {"dev_mismatched": "mismatched_", "holdout": "holdout_"}
         for split, examples in dev_sets.items():
-            prefix = prefixes.get(split, "")
-            found = data.evaluate_metrics(self.task, self.predict(examples), examples.labels)
-            metrics |= {prefix + name: value for name, value in found.items()}
+            logits = self.predict(model, examples)
+            for name, value in data.evaluate_metrics(self.task, logits, examples.labels).items():
+                metrics[prefixes.get(split, "") + name] = value
         held_out = [value for name, value in metrics.items() if name.startswith("holdout_")]
         return metrics | {"score": np.mean(held_out or list(metrics.values())).item()}
 
-    @torch.inference_mode()
-    def evaluate_words(self, examples):
-        """The metrics of mlm, always at the same 15 % of the words. "score" is 1 / perplexity."""
-        generator = torch.Generator().manual_seed(0)
-        sums = torch.zeros(3, dtype=torch.float64)  # words found, loss, words
-        batches = (data.hide_words(batch, self.tokenizer, generator)
-                   for batch in data.batches(examples, 32))
-        with without_dropout(self.model):
-            for batch in itertools.islice(batches, RANK, None, PROCESSES):
-                logits, labels = self.logits(batch), self.on_device(batch["labels"])
-                sums[0] += (logits.argmax(1) == labels).sum().item()
-                sums[1] += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
-                sums[2] += len(labels)
-        add_up([sums])
-        hits, loss, n = sums.tolist()
-        if not math.isfinite(loss):
-            raise FloatingPointError("nan or inf among the logits: the run has diverged")
-        return {"accuracy": hits / n, "perplexity": math.exp(min(loss / n, 700)),
-                "score": math.exp(-loss / n)}
+    def listen(self, model, teacher, examples):
+        """A function: a batch of the examples -> the teacher's logits. Without dropout they never
+        change, so it is asked once for all."""
+        known = torch.from_numpy(self.predict(teacher, examples)).to(self.s.device)
+        return lambda batch: known[batch["index"]]
 
-class Run(TaskModel):
-    """One run: what is learned, from what data, and in `state` how far it has come."""
+    def explain(self, examples):
+        """For a person: what is asked for, where, and the answer to the first example."""
+        label = examples.labels[0]
+        return "label words", "[CLS]", self.task.words[label] if self.task.labels else label
 
-    def __init__(self, flags):
-        s, self.out = settings_of(flags), Path(flags.out)  # without what depends on the data
-        task = data.TASKS[s.task]
-        with first_alone():  # it may fetch them
-            folder = bert.find_pretrained(s.model)
-            if not task.mlm:
-                data.ensure(task, s.data)
-        texts, labels = data.read_split(task, s.data, "train", s.limit)
-        if s.holdout:
-            (texts, labels), held_out = data.split_off(texts, labels, s.holdout)
-        positions = bert.read_config(folder / "config.json").max_position_embeddings
-        super().__init__(folder, task, settings_of(flags, len(texts), positions))
-        self.train_set = self.encode(texts, labels)
-        self.dev_sets = self.encode_splits(task.dev)
-        if s.holdout:
-            self.dev_sets["holdout"] = self.encode(*held_out)
-        self.teacher = self.load_teacher() if s.teacher else lambda batch: None
-        torch.manual_seed(s.seed)
-        self.make_learnable()
-        # "logged": length and hash of the log at the last checkpoint.
-        self.state = {"step": 0, "lam": self.s.lam, "best": None, "last": None, "logged": None}
+class Words:
+    """What masked language modelling asks: at hidden words for any word. Used as Labels is."""
 
-    def load_teacher(self):
-        """Returns a function: a batch -> the teacher's logits."""
-        teacher = TaskModel(bert.find_pretrained(self.s.teacher), self.task, self.s)
-        if teacher.tokenizer.get_vocab() != self.tokenizer.get_vocab():
-            raise ValueError(f"--teacher {teacher.base}: its vocabulary is not that of {self.base};"
-                             " expected a teacher fine-tuned from that model")
-        if self.task.mlm and (teacher.model.mlm is None) != (self.model.mlm is None):
-            has = ["no MLM head, and {} has one", "an MLM head, and {} has none"]
-            raise ValueError(f"--teacher {teacher.base}: it has "
-                             + has[self.model.mlm is None].format(self.base))
-        if self.task.mlm:  # each time other words are hidden
-            return torch.no_grad()(teacher.logits)
-        # Without dropout its logits never change.
-        known = torch.from_numpy(teacher.predict(self.train_set)).to(self.s.device)
-        return lambda batch: known[self.on_device(batch["index"])]
+    def __init__(self, task, tokenizer, s):
+        expect(tokenizer.token_to_id("[MASK]") is not None,
+               "the model's vocabulary has no [MASK]; --task mlm needs one")
+        self.tokenizer, self.s, self.words, self.corpus = tokenizer, s, slice(None), None
 
-    def batches(self):
-        """The batches of all steps that are still to do."""
-        s = self.s
-        return data.training_batches(self.train_set, s, self.state["step"],
-                                     self.ask_for_words if self.task.mlm else None)
+    def read(self, split, limit=None):
+        self.corpus = self.corpus or data.read_corpus(Path(self.s.corpus))
+        return self.corpus[split][:limit], None
 
-    def ask_for_words(self, batch, generator):
+    def encode(self, texts, _):
+        return data.encode_corpus(self.tokenizer, texts, self.s.max_length)
+
+    def ask(self, batch, generator):
         s = self.s
         return data.hide_words(batch, self.tokenizer, generator, s.mlm_rate, s.mlm_cls,
                                everywhere=bool(s.teacher))
 
+    def evaluate(self, model, dev_sets):
+        """Of always the same 15 % of the words. "score" is 1 / perplexity."""
+        generator = torch.Generator().manual_seed(0)
+        batches = (data.hide_words(batch, self.tokenizer, generator)
+                   for batch in data.batches(dev_sets["dev"], 32))
+        sums = torch.zeros(3, dtype=torch.float64)
+        for batch, logits in model.answers(batches):
+            labels = batch["labels"]
+            loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+            hits = (logits.argmax(1) == labels).sum()
+            sums += torch.tensor([hits.item(), loss.item(), len(labels)])
+        add_up([sums])
+        hits, loss, n = sums.tolist()
+        expect(math.isfinite(loss), DIVERGED, FloatingPointError)
+        return {"accuracy": hits / n, "perplexity": math.exp(min(loss / n, 700)),
+                "score": math.exp(-loss / n)}
+
+    def listen(self, model, teacher, examples):
+        if bool(teacher.model.mlm) != bool(model.model.mlm):
+            has = "an MLM head, {} has none" if teacher.model.mlm else "no MLM head, {} has one"
+            raise ValueError(f"--teacher {teacher.base}: it has {has.format(model.base)}")
+        return torch.no_grad()(teacher.logits)  # each time other words are hidden
+
+    def explain(self, examples):
+        return "all words", "the token", "the words that are hidden"
+
+# ---- One run --------------------------------------------------------------------------------
+
+class Run(TaskModel):
+    """One run: what is learned and from what data; and how far it has come: step, lam and log."""
+
+    def __init__(self, s):
+        self.out, task = Path(s.out), data.TASKS[s.task]
+        if task.folder:
+            first_and_others(data.ensure, task, s.data)
+        folder = first_and_others(bert.find_pretrained, s.model)
+        positions = bert.read_config(folder / "config.json").max_position_embeddings
+        super().__init__(folder, settings_of(s.given, positions))
+        texts, labels = self.asks.read("train", s.limit)
+        self.dev_sets = self.examples(*task.dev)
+        if s.holdout:
+            (texts, labels), held_out = data.split_off(texts, labels, s.holdout)
+            self.dev_sets["holdout"] = self.asks.encode(*held_out)
+        self.train_set = self.asks.encode(texts, labels)
+        self.s = s = settings_of(s.given, positions, len(self.train_set))
+        self.teacher = self.find_teacher() if s.teacher else lambda batch: None
+        torch.manual_seed(s.seed)
+        self.make_learnable()
+        self.step, self.lam = 0, s.lam
+        self.log = [{"event": "settings"} | recorded(s) | {"torch": torch.__version__}]
+        self.interrupts, self.next_checkpoint = [], time.monotonic() + (s.checkpoint_every or 0.0)
+        # What a resumed run must find again (weights, data), and what it had better find.
+        digests = [examples.checksum() for examples in (self.train_set, *self.dev_sets.values())]
+        self.origin = {"weights": self.fingerprint, "data": " ".join(digests),
+                       "processes": PROCESSES, "threads": torch.get_num_threads(),
+                       "torch": torch.__version__, "device": torch.device(s.device).type}
+
+    def find_teacher(self):
+        teacher = TaskModel(bert.find_pretrained(self.s.teacher), self.s)
+        expect(teacher.tokenizer.get_vocab() == self.tokenizer.get_vocab(),
+               f"--teacher {teacher.base}: its vocabulary is not that of {self.base}; expected a "
+               "teacher fine-tuned from that model")
+        return self.asks.listen(self, teacher, self.train_set)
+
     def make_learnable(self):
         """Sets up what is learned: the scores, the weights, both, or (a random mask) nothing."""
         s, model = self.s, self.model
-        model.set_dropout(s.dropout)
+        model.set_dropout(s.dropout or 0.0)
         masked = s.scores_from or s.int8  # a dense model in 8 bits has masks of ones
-        self.layers = smp.prune(model, prunable(model), s.init) if masked else {}
+        init = s.init or (s.scores_from if s.rule else "zero")
+        self.layers = smp.prune(model, prunable(model), init) if masked else {}
         for layer in self.layers.values():
             layer.int8 = s.int8
+            layer.scores.requires_grad_(s.scores_from == "learned")
         if s.scores_from == "zeros":
-            self.lock_zeros()
+            smp.lock(self.layers)
+            sparsity = data.sparsity_of(self.masks())
+            expect(sparsity >= 0.01, f"{self.base}: {sparsity:.2%} of its weights are 0, nothing "
+                   "to lock; --task mlm --method magnitude makes a sparse model")
         self.scores = [layer.scores for layer in self.layers.values()]
-        for scores in self.scores:
-            scores.requires_grad_(s.scores_from == "learned")
         weights = [p for name, p in model.named_parameters() if is_trained(name, s)]
         self.n_trained = sum(p.numel() for p in weights)
         for p in weights:
@@ -293,146 +322,71 @@ class Run(TaskModel):
         self.optimizer = torch.optim.AdamW(groups, fused=True) if groups else None
         model.train()
 
-    def lock_zeros(self):
-        smp.lock(self.layers)
-        sparsity = data.sparsity_of(self.masks())
-        if sparsity < 0.01:
-            raise ValueError(f"{self.base}: {sparsity:.2%} of its weights are 0, nothing to lock; "
-                             "expected a sparse model (--task mlm --method magnitude makes one)")
+    def batches(self):
+        """The batches of all steps that are still to do."""
+        return data.training_batches(self.train_set, self.s, self.step, self.asks.ask)
 
     def masks(self):
         return {name: layer.mask for name, layer in self.layers.items()}
 
-    def set_masks(self):
-        """Chooses the masks of this step, by the rule of the method."""
+    def choose_masks(self):
         s = self.s
         if s.scores_from == "magnitude":
             for layer in self.layers.values():  # the scores follow the weights that train
                 layer.scores.data.copy_(layer.dense_weight.detach().abs())
         if s.rule:
-            sparsity = smp.sparsity_at(self.state["step"], s.ramp_steps, s.sparsity)
+            sparsity = smp.sparsity_at(self.step, s.ramp_steps, s.sparsity or 0.0)
             smp.choose_masks(self.layers, sparsity, s.rule, s.tau)
 
-    def train_step(self, batch):
-        """One step of the method. Returns the loss before it, a scalar tensor."""
-        s, step = self.s, self.state["step"]
-        self.set_masks()
-        batch, share = part_of(batch)  # in one process all of it
-        torch.manual_seed(data.seed_of(s.seed, step, RANK))  # dropout's, so a resumed run has it
+    def measure_lambda(self):
+        """Sets lam at the first batch, by the task's gradient, unless it was given. At first a
+        regression only learns the mean label, with large gradients: there the least of the first
+        twentieth of the steps counts."""
+        if self.s.lam is None and self.step <= self.task.regression * self.s.steps // 20:
+            found = smp.balanced_lambda(self.scores, self.s.pull)
+            self.lam = min(found, self.lam or found)
 
-        logits = self.logits(batch)  # each layer uses W' = W * M
-        labels, taught = self.on_device(batch["labels"]), self.teacher(batch)
-        loss = share * smp.objective(logits, labels, taught, s.temperature, s.teacher_weight)
-        loss.backward()  # now scores.grad is dL/dW' * W
-        loss = loss.detach()
-        add_up([loss, *(p.grad for p in self.learned if p.grad is not None)])
-
-        if s.scores_from == "learned":
-            self.state["lam"] = self.find_lambda()
-            lam_ramp = smp.sparsity_at(step, s.steps, 1.0)  # it grows on while the mask settles
-            smp.add_regularizer_gradient(self.scores, self.state["lam"] * lam_ramp)
-
-        for group in self.optimizer.param_groups:
-            peak, warmup = group["peak"], group["warmup"]
-            group["lr"] = learning_rate(step, s.steps, peak, warmup, s.hold_steps)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.state["step"] += 1
-        return loss
-
-    def find_lambda(self):
-        """lambda, measured on the task's gradient at the first batch. The first gradients of a
-        regression only find its mean: there the smallest of the first twentieth counts."""
-        s, lam = self.s, self.state["lam"]
-        last_measured = s.steps // 20 if self.task.regression else 0
-        if s.lam is not None or self.state["step"] > last_measured:  # s.lam: --lambda was given
-            return lam
-        return min(lam or math.inf, smp.balanced_lambda(self.scores, s.pull))
-
-    def check_finite(self, loss):
-        """Raises FloatingPointError for a loss or scores that are not finite. Waits for a GPU."""
+    def watch(self, loss, bar):
+        """Shows the progress. Raises FloatingPointError for a loss or scores that are not finite.
+        """
         norm = nn.utils.get_total_norm(self.scores)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise FloatingPointError("nan or inf in the loss or the scores: the run has diverged")
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        expect(finite, DIVERGED, FloatingPointError)
+        sparsity = data.sparsity_of(self.masks())
+        bar.set_postfix_str(f"loss {loss:.3f}  sparsity {sparsity:.3f}", refresh=False)
+        bar.update(self.step - bar.n)
 
-    def evaluate_and_keep_best(self):
-        """Evaluates what has been learned so far and saves it if it is the best. Returns the
-        record. Before the target sparsity a mask is denser, so better, and does not count."""
-        s = self.s
-        state = self.state
-        self.set_masks()
+    def evaluate_and_keep_best(self, loss, bar):
+        self.choose_masks()
         masks = self.masks()
         with smp.folded(self.layers, masks):
-            metrics = self.evaluate(self.dev_sets)
-        state["last"] = {"step": state["step"], "epoch": state["step"] / s.epoch_steps,
-                         "sparsity": data.sparsity_of(masks), "metrics": metrics}
-        best = state["best"]["metrics"]["score"] if state["best"] else -math.inf
-        if state["step"] >= s.ramp_steps and metrics["score"] > best:
-            state["best"] = state["last"]
-            if not RANK:
-                save_result(self, masks)
-        return state["last"]
+            metrics = self.asks.evaluate(self, self.dev_sets)
+        last = {"step": self.step, "epoch": self.step / self.s.epoch_steps,
+                "sparsity": data.sparsity_of(masks), "metrics": metrics}
+        self.log.append({"event": "eval"} | last | {"loss": loss, "lam": self.lam})
+        if self.best is self.log[-1]:
+            by_first(save_result, self, masks, last)
+        by_first(data.write_log, self.out / "metrics.jsonl", self.log)
+        bar.write(f"epoch {last['epoch']:<5.4g} sparsity {last['sparsity']:.4f}  "
+                  f"{format_metrics(metrics)}")
 
-def train(flags):
-    """Runs one method on one task, in the folder flags.out. Returns the final record.
+    @property
+    def best(self):
+        """Before the ramp ends a mask is denser than asked for, and does not count."""
+        done = [entry for entry in self.log[1:] if entry["step"] >= self.s.ramp_steps]
+        return max(done, key=lambda entry: entry["metrics"]["score"], default=None)
 
-    Ctrl-C lets the step end and writes a checkpoint. --resume goes on from the last one and ends
-    bit for bit as if nothing had happened (on a GPU as far as its kernels repeat themselves)."""
-    started = time.monotonic()
-    run = Run(flags)
-    alone = contextlib.nullcontext() if RANK else data.only_run_in(run.out)
-    # torchrun passes on a ctrl-C that all have heard already.
-    with alone, data.interruptible(patient=PROCESSES > 1) as interrupts:
-        if final := finished_run(flags):  # it ended while this one was loading
-            return final
-        log = begin(run)
-        introduce(run)
-        try:
-            train_loop(run, log, interrupts)
-        except FloatingPointError as error:
-            raise FloatingPointError(f"step {run.state['step']}: {error}; try a smaller learning "
-                                     f"rate, or get {run.base}/model.safetensors again") from None
-        final, masks = ({}, {}) if RANK else finish(run, log)
-    final = from_first(final)
-    final["seconds"] = round(time.monotonic() - started, 1)
-    final["peak_mb"] = round(data.peak_mb(run.s.device))
-    if not RANK:
-        report(run, final, masks)
-    return final
-
-def train_loop(run, log, interrupts):
-    """All steps of a run that are still to do."""
-    s = run.s
-    state = run.state
-    next_checkpoint = time.monotonic() + s.checkpoint_every
-    with data.progress_bar(s.method, s.steps, state["step"]) as bar:
-        for batch in run.batches():
-            loss = run.train_step(batch)
-            last = state["step"] == s.steps
-            evaluates = last or state["step"] % s.eval_every == 0
-            if evaluates or state["step"] % 20 == 0:  # seldom, since to read a loss waits for a GPU
-                run.check_finite(loss)
-                show_progress(bar, run, loss)
-            if evaluates:
-                record = run.evaluate_and_keep_best()
-                log("eval", **record, loss=loss.item(), lam=state["lam"])
-                bar.write(f"epoch {record['epoch']:<5.4g} sparsity {record['sparsity']:.4f}  "
-                          f"{format_metrics(record['metrics'])}")
-            stops = bool(interrupts)
-            stops, saves = from_first((stops, stops or time.monotonic() > next_checkpoint))
-            if saves and not RANK:
-                next_checkpoint = save_checkpoint(run, log)
-            if stops:
-                raise KeyboardInterrupt
-    if state["last"] is None:  # a random mask: there was nothing to learn
-        log("eval", **run.evaluate_and_keep_best())
-
-def learning_rate(step, steps, peak, warmup_steps, hold_steps=0):
-    """It rises to the peak in warmup_steps, stays there until hold_steps have passed, if any, and
-    falls linearly to 0 at the end of all steps. The hold is the learning-rate rewinding of Prune
-    Once For All, which sets the rate back again and again while the sparsity grows."""
-    rise = min((step + 1) / (warmup_steps + 1), 1)
-    return peak * rise * (1 - max(step - hold_steps, 0) / max(steps - hold_steps, 1))
+    def save_checkpoint_if_due(self):
+        """At most every s.checkpoint_every seconds, in at most 2 % of the time; and at ctrl-C,
+        which then ends the run."""
+        begun = time.monotonic()
+        stops, is_due = from_first((bool(self.interrupts), begun > self.next_checkpoint))
+        if stops or is_due:
+            by_first(save_checkpoint, self)
+            now = time.monotonic()
+            self.next_checkpoint = now + max(self.s.checkpoint_every, 50 * (now - begun))
+        if stops:
+            raise KeyboardInterrupt
 
 def prunable(model):
     """The names of the six matrices of each layer: not the embeddings, not the head."""
@@ -440,84 +394,105 @@ def prunable(model):
             if name.startswith("layers.") and isinstance(module, nn.Linear)]
 
 def is_trained(name, s):
-    """Whether a weight trains: any of a dense model, of a sparse one those of its layers."""
-    if not s.trains_weights or name.endswith(".scores"):
-        return False
-    return s.scores_from is None or name.startswith("layers.")
+    """Whether a weight trains: in finetune any; with a mask those of the encoder's layers."""
+    is_weight = not name.endswith(".scores")
+    return s.trains_weights and is_weight and (not s.scores_from or name.startswith("layers."))
+
+def run_once(s):
+    """Runs one method on one task, in the folder s.out. Returns the final record.
+
+    --resume goes on from the last checkpoint and ends bit for bit as if nothing had happened (on a
+    GPU as far as its kernels repeat themselves)."""
+    started, run = time.monotonic(), Run(s)
+    # torchrun passes on a ctrl-C that all have heard already.
+    with data.only_run_in(run.out, RANK), data.interruptible(PROCESSES > 1) as run.interrupts:
+        if final := finished(s):  # it ended while this one was loading
+            return final
+        begin(run)
+        introduce(run)
+        try:
+            train(run)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"step {run.step}: {error}; try a smaller learning rate, or "
+                                     f"get {run.base}/model.safetensors again") from None
+        return by_first(finish, run, started)
 
 # ---- What a run leaves on disk --------------------------------------------------------------
 
-RESULTS = ("mask.safetensors", "int8.safetensors", "model/model.safetensors")
+RESULTS = ("metrics.jsonl", "mask.safetensors", "model/model.safetensors")
 
-def finished_run(flags):
-    """The final record of a complete run in flags.out, for --resume; None if there is work to do.
+def finished(s):
+    """The final record of a complete run in s.out, for --resume; None if there is work to do.
     Raises FileExistsError rather than replace what is there."""
-    s, out = settings_of(flags), Path(flags.out)
+    out = Path(s.out)
     log, checkpoint = data.read_log(out / "metrics.jsonl"), out / "checkpoint.safetensors"
-    own = (out / "model").resolve()
-    if own in (Path(s.model).resolve(), Path(s.teacher or "-").resolve()):
-        raise ValueError(f"--out {out}: this run reads the model in it; give another")
-    results = ("metrics.jsonl", *RESULTS)
-    held = [name for name in results if (out / name).exists()]
+    read = [Path(folder).resolve() for folder in (s.model, s.teacher) if folder]
+    expect((out / "model").resolve() not in read,
+           f"--out {out}: this run reads the model in it; give another")
     resumable = log or checkpoint.exists()
-    if held and not s.overwrite and not (s.resume and resumable):
-        resume = "--resume to go on with it, " if resumable else ""
-        raise FileExistsError(f"{out}: holds {held[0]} already; give {resume}--overwrite to "
-                              "replace it, or another --out")
-    if not s.resume or not log:
+    data.claim(out, RESULTS, s.overwrite or (s.resume and resumable), "give "
+               + "--resume to go on with it, " * bool(resumable) + "--overwrite, or another --out")
+    if not s.resume or not log or log[-1]["event"] != "final":
         return None
     data.compare_settings(out / "metrics.jsonl", log[0], recorded(s))
-    if log[-1]["event"] != "final":
-        return None
+    whole = {"metrics", "best", "last", "kept", "total"} <= log[-1].keys()
+    expect(whole, f"{out}/metrics.jsonl: its final record is damaged; start over with --overwrite")
     checkpoint.unlink(missing_ok=True)  # if the run was killed right after its final record
     print(f"{out}: this run is complete, nothing to resume")
     return log[-1]
 
 def begin(run):
-    """Goes on from the checkpoint in the run's folder, or else clears what an earlier run left
-    there. Returns the log, which in all processes but the first takes no notice."""
+    """Goes on from the checkpoint in the run's folder, or else clears what an earlier run left."""
     path, checkpoint = run.out / "metrics.jsonl", run.out / "checkpoint.safetensors"
+    for what, there in from_first(run.origin).items():
+        expect(there == run.origin[what] or what not in ("weights", "data"),
+               f"process {RANK} reads other {what} than the first; give all the same files")
     earlier = data.read_log(path) if run.s.resume else []
     if earlier:
         data.compare_settings(path, earlier[0], recorded(run.s))
-    resumes = run.s.resume and checkpoint.exists()
-    if resumes:
+    if run.s.resume and checkpoint.exists():
         load_checkpoint(run, checkpoint)
-        print(f"resuming    after step {run.state['step']} of {run.s.steps}")
-    elif earlier:
-        print("resuming    there is no checkpoint yet: starting over")
-    from_first(None)  # all have read what is there
-    if RANK:
-        return lambda *event, **entry: None
-    if not resumes:
-        for name in ("checkpoint.safetensors", *RESULTS):
-            (run.out / name).unlink(missing_ok=True)
-    log = data.Log(path, run.state["logged"])
-    if not run.state["logged"]:
-        log("settings", **recorded(run.s), torch=torch.__version__)
-    return log
+        print(f"resuming    after step {run.step} of {run.s.steps}")
+    else:
+        if earlier:
+            print("resuming    there is no checkpoint yet: starting over")
+        from_first(None)  # all have looked
+        by_first(data.remove, [checkpoint, *(run.out / name for name in RESULTS)])
+    by_first(data.write_log, path, run.log)
 
-def finish(run, log):
-    """The last checks. Returns the final record and the masks, as they are on disk."""
+def finish(run, started):
+    """The last checks, the final record, which it returns, and the report."""
     check_frozen(run)
     masks = {}
-    if run.layers:
-        masks = data.load_masks(run.out / "mask.safetensors")[0]
+    if run.layers:  # as they are on disk
+        masks, header = data.load_packed(run.out / "mask.safetensors", "mask")
+        expect(header["step"] == run.best["step"], f"{run.out}/mask.safetensors: of another step "
+               "than the best; start over with --overwrite", RuntimeError)
     kept, total = data.kept_and_total(masks)
-    new_bits = total if run.s.rule else 0  # a bit for each prunable weight
-    if run.s.trains_weights:
+    best, last = [{name: entry[name] for name in ("step", "epoch", "sparsity", "metrics")}
+                  for entry in (run.best, run.log[-1])]
+    bits, which = shipped(run, masks)
+    final = {"event": "final", "metrics": best["metrics"], "best": best, "last": last,
+             "frozen_unchanged": True, "kept": kept, "total": total, "new_bits": bits}
+    data.write_log(run.out / "metrics.jsonl", [*run.log, final])
+    data.remove(run.out.glob("checkpoint.safetensors*"))
+    report(run, final, masks, which, time.monotonic() - started)
+    return final
+
+def shipped(run, masks):
+    """What the task needs beside the base model: how many bits, and which."""
+    s, (kept, total) = run.s, data.kept_and_total(masks)
+    bits, which = 0, []
+    if s.rule:
+        bits += total
+        which.append("one bit for each prunable weight")
+    if s.trains_weights:
         others = run.n_trained - total  # biases, LayerNorms; of a dense model all the rest
-        new_bits += 32 * others + (8 if run.s.int8 else 32) * kept
-        if run.s.int8:  # a scale a row
-            new_bits += 32 * sum(len(mask) for mask in masks.values())
-    best, last = run.state["best"], run.state["last"]
-    final = {"metrics": best["metrics"], "best": best, "last": last, "frozen_unchanged": True,
-             "kept": kept, "total": total, "new_bits": new_bits}
-    log("final", **final)
-    log.mark()  # all on disk before the checkpoint goes
-    for leftover in run.out.glob("checkpoint.safetensors*"):
-        leftover.unlink()
-    return final, masks
+        scales = sum(len(mask) for mask in masks.values()) if s.int8 else 0  # one a row
+        bits += (8 if s.int8 else 32) * kept + 32 * (others + scales)
+        which.append("8 for each weight that is kept, 32 for each row's scale, bias and LayerNorm"
+                     if s.int8 else "32 for each weight that is kept, each bias and LayerNorm")
+    return bits, ", ".join(which)
 
 def check_frozen(run):
     """Raises RuntimeError if a tensor that the method freezes is not the checkpoint's, bit for bit,
@@ -527,14 +502,15 @@ def check_frozen(run):
     for name, tensor in plain_state(run.model).items():
         now, then = tensor.cpu(), before[name]
         moved = not torch.equal(now, then) and not is_trained(name, run.s)
-        if moved or (name in locked and now[then == 0].any()):
-            raise RuntimeError(f"{run.out}: {name} was to stay {'zero' if not moved else 'frozen'} "
-                               "and has changed; do not use what is in this folder")
+        lost = name in locked and bool(now[then == 0].any())
+        expect(not (moved or lost), f"{run.out}: {name} was to stay {'zero' if lost else 'frozen'} "
+               "and has changed; do not use what is in this folder", RuntimeError)
 
 def plain_state(model):
     """The state dict of a model as if it had no masks."""
     return {name.replace(".dense_weight", ".weight"): tensor
-            for name, tensor in model.state_dict().items() if not name.endswith(".scores")}
+            for name, tensor in model.state_dict().items()
+            if not name.endswith((".scores", ".mask"))}
 
 def fingerprint(model, tokenizer):
     """SHA-256, in hex, of all that a mask belongs to: weights, sizes, vocabulary and its use."""
@@ -543,125 +519,134 @@ def fingerprint(model, tokenizer):
     words = [sorted(tokenizer.get_vocab().items()), tokenizer.encode("[MASK]").ids]
     if tokenizer.normalizer:  # it lowers case, strips accents, parts Chinese characters, or not
         words.append(tokenizer.normalizer.normalize_str("Café 漢字"))
-    weights = {name: tensor.float().cpu() for name, tensor in plain_state(model).items()}
+    # + 0.0 drops the sign of a zero, which a small model does not keep.
+    weights = {name: tensor.float().cpu() + 0.0 for name, tensor in plain_state(model).items()}
     return data.checksum(json.dumps([config, words]), weights)
 
-def save_result(run, masks):
+def save_result(run, masks, record):
     """Writes what the task needs beside the base model: the mask, or where weights train, a model
     and the mask in it."""
-    s, belongs_to = run.s, run.fingerprint
-    name = str(s.model)
+    s, belongs_to, name = run.s, run.fingerprint, str(run.s.model)
     if Path(name).is_dir():
         name = Path(name).resolve().name  # where it lies is of no use to others
     if s.trains_weights:
-        weights = {name: layer.dense_weight * layer.mask for name, layer in run.layers.items()}
-        name, baked = "model", bake(run.model, weights, run.base)  # the model beside the mask
+        name, baked = "model", bake(run, masks)  # the model beside the mask
         save_model(run.out / "model", baked, run.base)
-        if s.int8:
-            data.save_int8(run.out / "int8.safetensors",
-                           {name: smp.to_int8(weight) for name, weight in weights.items()})
         belongs_to = fingerprint(baked, run.tokenizer)  # the model that is shipped with the mask
     if masks:
         local = ("model", "data", "corpus", "out", "teacher", "device")
         settings = {key: value for key, value in recorded(s).items() if key not in local}
-        data.save_masks(run.out / "mask.safetensors", masks, {
+        data.save_packed(run.out / "mask.safetensors", "mask", masks, {
             "task": s.task, "method": s.method, "base": name, "fingerprint": belongs_to,
-            "label_words": run.task.words, "settings": settings, **run.state["best"],
-            "kept": {name: int(mask.count_nonzero()) for name, mask in masks.items()}})
+            "label_words": run.task.words, "settings": settings, **record})
 
-def bake(model, weights, base):
-    """A Bert with ordinary linears: `model` with the given {name: weight} in its layers."""
-    baked = bert.load_pretrained(base)
-    baked.load_state_dict(plain_state(model))
-    for name, weight in weights.items():
-        baked.get_submodule(name).weight.data.copy_(weight)
-    return baked
+def bake(owner, masks):
+    """A Bert with ordinary linears, whose zeros are in its weights."""
+    state = plain_state(owner.model)
+    with smp.folded(owner.layers, masks):
+        state |= {f"{name}.weight": layer.weight for name, layer in owner.layers.items()}
+    state = {name: tensor.detach().cpu() for name, tensor in state.items()}
+    return bert.build(owner.model.config, state, owner.base)
 
 def save_model(folder, model, tokenizer_from):
     """A model folder that --model, --teacher and transformers read, with another's vocabulary."""
-    names = (*data.TOKENIZER_FILES, "config.json", "model.safetensors")
-    with data.staging(Path(folder), names) as scratch:
-        bert.save_pretrained(model, scratch)
-        data.copy_tokenizer(tokenizer_from, scratch)
+    bert.save_pretrained(model, folder, data.whole)
+    data.copy_tokenizer(tokenizer_from, folder)
 
 def recorded(s):
-    """The settings that decide how a run ends."""
-    others = ("overwrite", "resume", "debug", "checkpoint_every", "eval", "predict", "export",
-              "sparse")
-    return {key: value for key, value in vars(s).items() if key not in others}
+    """The settings that decide how a run ends, as far as they are known."""
+    others = ("given", "positions", "n", "overwrite", "resume", "debug", "checkpoint_every", "eval",
+              "predict", "export", "sparse")
+    return {key: value for key, value in vars(s).items() if key not in others and value != LATER}
 
-def save_checkpoint(run, log):
+def save_checkpoint(run):
     """Writes all that the next step depends on: what trains, Adam's moments, lambda. (Masks follow
-    from the scores, an epoch's order and a step's dropout from the seed.) Returns the time of the
-    next one, such that they take at most 2 % of the time of the run."""
-    begun = time.monotonic()
-    run.state["logged"] = log.mark()
-    tensors = {f"model.{name}": p.detach() for name, p in run.model.named_parameters()
-               if p.requires_grad}
+    from the scores, an epoch's order and a step's dropout from the seed.)"""
+    tensors = {f"model.{name}": p for name, p in run.model.named_parameters() if p.requires_grad}
     for i, moments in run.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{key}": value for key, value in moments.items()}
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise FloatingPointError("nan or inf in what is being learned: the run has diverged")
-    header = {"state": run.state, "settings": recorded(run.s)} | origin(run)
-    data.save_checked(run.out / "checkpoint.safetensors", tensors, header)
-    now = time.monotonic()
-    return now + max(run.s.checkpoint_every, 50 * (now - begun))
+    finite = all(tensor.isfinite().all() for tensor in tensors.values())
+    expect(finite, DIVERGED, FloatingPointError)
+    state = {"step": run.step, "lam": run.lam, "log": run.log, "origin": run.origin}
+    data.save_packed(run.out / "checkpoint.safetensors", "checkpoint", tensors, state, pack=False)
 
 def load_checkpoint(run, path):
     """Goes back to where a checkpoint was written. Raises ValueError for one that is damaged, or
     was written with other settings, weights or data."""
-    tensors, header = data.load_checked(path)
-    data.compare_settings(path, header["settings"], recorded(run.s))
-    for what, here in origin(run).items():
-        if header.get(what) != here and what in ("weights", "data"):
-            place = run.base if what == "weights" else run.s.data
-            raise ValueError(f"{path}: written over other {what} than those now in {place}; "
-                             "start over with --overwrite")
-        if header.get(what) != here:
-            print(f"note        {what} {here}, before {header.get(what)}: last digits may differ")
-    run.state.update(header["state"])
+    tensors, state = data.load_packed(path, "checkpoint")
+    data.compare_settings(path, state["log"][0], recorded(run.s))
+    places = {"weights": run.base, "data": run.s.data or run.s.corpus}
+    for what, here in run.origin.items():
+        there = state["origin"].get(what)
+        expect(there == here or what not in places, f"{path}: written over other {what} than those "
+               f"now in {places.get(what)}; start over with --overwrite")
+        if there != here:
+            print(f"note        {what} {here}, before {there}: last digits may differ")
+    run.step, run.lam, run.log = state["step"], state["lam"], state["log"]
     parameters, moments = dict(run.model.named_parameters()), {}
     for name, tensor in tensors.items():
         kind, _, name = name.partition(".")
         if kind == "model":
             parameters[name].data.copy_(tensor)
-        elif kind == "optimizer":
+        else:
             i, _, key = name.partition(".")
             moments.setdefault(int(i), {})[key] = tensor
     groups = run.optimizer.state_dict()["param_groups"]
     run.optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
-def origin(run):
-    """What a resumed run must find again (weights, data), and what it had better find."""
-    digests = [examples.checksum() for examples in (run.train_set, *run.dev_sets.values())]
-    return {"weights": run.fingerprint, "data": " ".join(digests),
-            "processes": PROCESSES, "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "device": torch.device(run.s.device).type}
-
 # ---- Masks at work --------------------------------------------------------------------------
 
+class MaskFile(TaskModel):
+    """A mask file, checked, on its task and its base model."""
+
+    def __init__(self, path, s):
+        self.path, (self.masks, self.header) = path, data.load_packed(path, "mask")
+        log = data.read_log(Path(path).parent / "metrics.jsonl")  # of its run, if that is here
+        run, beside = log[0] if log else {}, Path(path).parent / "model"
+        with data.reading(path, "a mask that train.py wrote"):
+            task, base, own = [self.header[name] for name in ("task", "base", "fingerprint")]
+            settings, usual = self.header["settings"], "demo" if task == "demo" else "glue"
+            self.int8, precision = bool(settings["int8"]), settings["precision"]
+            expect(task in data.TASKS and precision in PRECISIONS, "of another task or precision")
+            s = argparse.Namespace(
+                task=task, device=s.device, sparse=s.sparse, max_length=int(settings["max_length"]),
+                precision="fp32" if s.sparse else precision,  # no sparse product is in bf16
+                data=s.given.get("data") or run.get("data") or usual,
+                corpus=s.given.get("corpus") or run.get("corpus"), given=s.given)
+        asked = s.given.get("task", task)
+        expect(asked == task, f"{path}: a mask for {task}; --task asks for {asked}")
+        # --model; or the model that was shipped with the mask; or the one that its run used.
+        shipped_model = beside if base == "model" and beside.is_dir() else run.get("model")
+        folder = s.given.get("model") or shipped_model
+        expect(folder, f"{path}: made for {base}; say with --model where that is")
+        super().__init__(bert.find_pretrained(folder), s)
+        self.layers = smp.prune(self.model, prunable(self.model))
+        for layer in self.layers.values():
+            layer.int8 = self.int8
+        expect(own == self.fingerprint and self.masks.keys() == self.layers.keys(),
+               f"{path}: made for another model than {self.base}, or for this one before it "
+               f"changed; give {base} as --model")
+
+    def folded(self):
+        return smp.folded(self.layers, self.masks, SparseProduct if self.s.sparse else None)
+
 class SparseProduct:
-    """A product that skips the zeros of W, for smp.folded. W is held in CSR form (the kept weights
-    and their columns, row by row). Where F.linear is faster it is used: for each size of x (power
-    of 2) the first eight calls try both in turn."""
+    """F.linear(x, W, b) by the weights of W that are not 0, and their columns, row by row (CSR),
+    where that is faster: where W keeps at most 12 %, or 25 % and x has at most 128 tokens."""
 
     def __init__(self, W):
-        with warnings.catch_warnings(action="ignore"):  # "CSR is in beta"
-            csr = W.to_sparse_csr()
-            indices = csr.crow_indices().int(), csr.col_indices().int()  # half the bytes to read
-            self.W = torch.sparse_csr_tensor(*indices, csr.values(), W.shape)
-        self.trials = {}  # size of x: [(seconds by size, 0 for sparse or 1 for dense)]
+        kept = W.count_nonzero().item() / W.numel()
+        can_skip = W.is_cpu and torch.backends.mkl.is_available() and kept <= 0.25
+        self.most_tokens = -1 if not can_skip else 128 if kept > 0.12 else math.inf
+        if can_skip:
+            with warnings.catch_warnings(action="ignore"):  # "CSR is in beta"
+                csr = W.to_sparse_csr()
+                indices = csr.crow_indices().int(), csr.col_indices().int()  # half the bytes
+                self.W = torch.sparse_csr_tensor(*indices, csr.values(), W.shape)
 
     def __call__(self, x, W, bias):
-        trials = self.trials.setdefault(x.numel().bit_length(), [])
-        which = len(trials) % 2 if len(trials) < 8 else min(trials)[1]
-        start = time.perf_counter()
-        y = (self.sparse, nn.functional.linear)[which](x, W, bias)
-        if len(trials) < 8:
-            trials.append(((time.perf_counter() - start) / x.numel(), which))
-        return y
-
-    def sparse(self, x, W, bias):
+        if x.numel() > self.most_tokens * W.shape[1]:
+            return nn.functional.linear(x, W, bias)
         columns = x.reshape(-1, W.shape[1]).T.contiguous()  # (in, tokens), to be read row by row
         start = W.new_zeros(len(W), 1) if bias is None else bias[:, None]
         y = torch.addmm(start.expand(-1, columns.shape[1]), self.W, columns).T
@@ -669,182 +654,89 @@ class SparseProduct:
             y = y.contiguous()
         return y.reshape(*x.shape[:-1], len(W))
 
-class MaskFile(TaskModel):
-    """A mask file, checked, on its task and its base model."""
-
-    def __init__(self, path, flags):
-        self.path, self.metadata = path, data.read_metadata(path)
-        name = self.metadata["task"]
-        settings = self.metadata["settings"]
-        if flags.task not in (None, name):
-            raise ValueError(f"{path}: a mask for {name}; --task asks for {flags.task}")
-        log = data.read_log(Path(path).parent / "metrics.jsonl")  # of its run, if that is here
-        folder = self.find_base(flags.model, log)
-        given = flags.corpus if name == "mlm" else flags.data
-        usual = log[0]["data"] if log else "demo" if name == "demo" else "glue"
-        place = given or usual
-        length = settings.get("max_length")
-        precision = settings.get("precision")
-        if precision not in PRECISIONS or type(length) is not int or length < 4:
-            raise ValueError(f"{path}: max_length {length!r}, precision {precision!r}; expected 4 "
-                             "or more, and fp32 or bf16")
-        if flags.sparse:  # there is no sparse product in bf16
-            precision = "fp32"
-        s = argparse.Namespace(device=flags.device, data=place, max_length=length,
-                               precision=precision)
-        super().__init__(folder, data.TASKS[name], s)
-        self.layers = smp.prune(self.model, prunable(self.model))
-        for layer in self.layers.values():
-            layer.int8 = settings.get("int8") is True
-        shapes = {name: tuple(layer.scores.shape) for name, layer in self.layers.items()}
-        self.masks = data.load_masks(path, shapes)[0]
-        if self.metadata["fingerprint"] != self.fingerprint:
-            raise ValueError(f"{path}: made for another model than {folder}, or for this one "
-                             f"before it changed; give {self.metadata['base']} as --model")
-
-    def find_base(self, given, log):
-        """--model; or the model that was shipped with the mask; or the one that its run used."""
-        base = self.metadata["base"]
-        shipped = Path(self.path).parent / "model"
-        if base == "model" and shipped.is_dir() and not given:
-            return shipped
-        if not given and not log:
-            raise ValueError(f"{self.path}: made for {base}; say with --model where that is")
-        return bert.find_pretrained(given or log[0]["model"])
-
-    def folded(self, sparse=False):
-        skips = sparse and torch.device(self.s.device).type == "cpu"
-        return smp.folded(self.layers, self.masks, SparseProduct if skips else None)
-
-    def compare_speed(self, split):
-        """Prints how many texts a second it answers, dense and sparse in turn, from string to
-        logits, and the largest difference of a logit."""
-        texts, linear = data.read_split(self.task, self.s.data, split)[0], nn.functional.linear
-        for size in (1, 32):
-            groups = [texts[i:i + size] for i in range(0, min(len(texts), 23 * size), size)]
-            seconds, largest = {True: [], False: []}, 0.0
-            with self.folded(sparse=True):
-                products = {layer: layer.product for layer in self.layers.values()}
-                for group in 8 * groups[:3] + groups:  # 8 calls of the usual sizes: all have chosen
-                    self.answer(group)
-                for i, group in enumerate(groups):
-                    logits = {}
-                    for sparse in (True, False) if i % 2 else (False, True):
-                        logits[sparse], took = self.timed_answer(group, products if sparse else {})
-                        seconds[sparse].append(took)
-                    largest = max(largest, np.abs(logits[True] - logits[False]).max())
-            trials = [trials for product in products.values() if product is not linear
-                      for trials in product.trials.values()]
-            skipped = np.mean([min(one)[1] == 0 for one in trials]) if trials else 0.0
-            ratio = np.median(np.divide(seconds[False], seconds[True]))
-            rates = [size / np.median(seconds[way]) for way in (False, True)]
-            print(f"speed       {size:>2} at a time: {rates[0]:.1f} a second dense, {rates[1]:.1f} "
-                  f"sparse, {ratio:.2f} times\n            {skipped:.0%} of products skip zeros, "
-                  f"logits differ by {largest:.0e}")
-
-    def timed_answer(self, texts, products):
-        """(logits, seconds) with the given {layer: product}, other layers being dense."""
-        for layer in self.layers.values():
-            layer.product = products.get(layer, nn.functional.linear)
-        self.answer(texts)  # now what fits into the cache is there
-        started = time.perf_counter()
-        return self.answer(texts), time.perf_counter() - started
-
-    def answer(self, texts):
-        return self.predict(self.encode(texts, None))
-
-def evaluate_masks(flags):
-    """--eval: the metrics on dev, {path: metrics}. --export: also the pruned model, as an ordinary
-    model folder."""
-    results, folder = {}, Path(flags.export or "")
-    for path in flags.eval:
-        mask = MaskFile(path, flags)
-        if flags.export and folder.resolve() == mask.base.resolve():
-            raise ValueError(f"--export {folder}: the base of the mask; give another folder")
-        file = folder / ("sparse.safetensors" if flags.sparse else "model.safetensors")
-        if flags.export and file.exists() and not flags.overwrite:
-            raise FileExistsError(f"{folder}: holds a model; give --overwrite, or another one")
-        with mask.folded(flags.sparse):
-            metrics = results[path] = mask.evaluate(mask.encode_splits(mask.task.dev))
-        name, sparsity = mask.metadata["task"], data.sparsity_of(mask.masks)
-        print(f"{path}: {name}, sparsity {sparsity:.4f}, {format_metrics(metrics)}")
-        before = mask.metadata.get("metrics")
-        if flags.sparse and not mask.task.mlm:
-            mask.compare_speed(mask.task.dev[0])
-        elif not isinstance(before, dict) or any(
-                before.get(key) != value for key, value in metrics.items() if key != "score"):
+def evaluate_masks(s):
+    """--eval: the metrics on dev, {path: metrics}. --export: also the pruned model."""
+    results, folder = {}, Path(s.export or "")
+    weights = "sparse.safetensors" if s.sparse else "model.safetensors"
+    if s.export:
+        data.claim(folder, (*data.TOKENIZER_FILES, "config.json", weights), s.overwrite)
+    for path in s.eval:
+        mask = MaskFile(path, s)
+        expect(not s.export or folder.resolve() != mask.base.resolve(),
+               f"--export {folder}: the base of the mask; give another folder")
+        with mask.folded():
+            metrics = results[path] = mask.asks.evaluate(mask, mask.examples(*mask.task.dev))
+        sparsity, before = data.sparsity_of(mask.masks), mask.header.get("metrics")
+        print(f"{path}: {mask.s.task}, sparsity {sparsity:.4f}, {format_metrics(metrics)}")
+        same = isinstance(before, dict) and all(
+            before.get(name) == value for name, value in metrics.items() if name != "score")
+        if not same and not s.sparse:
             print("note: its run recorded other numbers; is it other data, device or threads?")
-        if flags.export and flags.sparse:
+        if s.export and s.sparse:
             save_small(folder, mask)
-        elif flags.export:
-            with mask.folded():
-                weights = {name: layer.weight for name, layer in mask.layers.items()}
-                save_model(folder, bake(mask.model, weights, mask.base), mask.base)
+        elif s.export:
+            save_model(folder, bake(mask, mask.masks), mask.base)
             print(f"{path} -> {folder}/: {mask.base} with zeros where the mask has them")
-            if mask.metadata["settings"].get("int8"):
+            if mask.int8:
                 print("note        its weights are the rounded ones; their inputs are rounded "
                       "here, not there")
     return results
 
 def save_small(folder, mask):
     """Writes a pruned model as small as it is: sparse.safetensors, config.json, vocabulary."""
-    state, scales = plain_state(mask.model), {}
-    with mask.folded():
-        for name, layer in mask.layers.items():
-            state[f"{name}.weight"] = layer.weight
-            if layer.int8:
-                scales[f"{name}.weight"] = smp.to_int8(layer.dense_weight)[1]
-    names = (*data.TOKENIZER_FILES, "config.json", "sparse.safetensors")
-    metadata = {"task": mask.metadata["task"], "int8": json.dumps(bool(scales)),
-                "label_words": json.dumps(mask.metadata["label_words"])}
-    with data.staging(folder, names) as scratch:
-        bert.save_config(mask.model, scratch)
-        data.copy_tokenizer(mask.base, scratch)
-        data.save_sparse(scratch / "sparse.safetensors", state, scales, metadata)
-    sizes = [sum(4 * tensor.numel() for tensor in state.values()),
-             (folder / "sparse.safetensors").stat().st_size]
-    print(f"{mask.path} -> {folder}/: {sizes[1] / 1e6:.1f} MB, dense in float32 "
-          f"{sizes[0] / 1e6:.1f} MB; train.load_small reads it")
+    model = bake(mask, mask.masks)
+    state = model.state_dict()
+    dense = sum(4 * tensor.numel() for tensor in state.values())
+    for name, layer in mask.layers.items():
+        if mask.int8:
+            q, state[f"{name}.scale"] = smp.to_int8(layer.dense_weight)
+            state[f"{name}.weight"] = q * mask.masks[name].to(q.device)
+    bert.save_config(model, folder, data.whole)
+    data.copy_tokenizer(mask.base, folder)
+    data.save_packed(folder / "sparse.safetensors", "model", state, {
+        "task": mask.s.task, "label_words": mask.task.words, "int8": mask.int8,
+        "fingerprint": fingerprint(model, mask.tokenizer)})
+    size = (folder / "sparse.safetensors").stat().st_size
+    print(f"{mask.path} -> {folder}/: {size / 1e6:.1f} MB, dense in float32 {dense / 1e6:.1f} MB; "
+          "train.load_small reads it")
 
 def load_small(folder):
     """What --export --sparse wrote -> (model, tokenizer, label words), the zeros of the model
     skipped where that is faster. Raises FileNotFoundError, and ValueError for what is damaged."""
     path = Path(folder) / "sparse.safetensors"
-    config = bert.read_config(path.with_name("config.json"))
-    state, metadata = data.load_sparse(path)
-    with data.reading(path, "a small model that fits its config.json"):
-        with torch.device("meta"):
-            model = bert.Bert(config, mlm_head=any(name.startswith("mlm.") for name in state))
-        model.load_state_dict(state, assign=True)
-        words, int8 = json.loads(metadata["label_words"]), json.loads(metadata["int8"])
-    for layer in smp.prune(model.eval(), prunable(model)).values():
-        layer.folded_weight, layer.int8 = layer.dense_weight.detach(), int8 is True
-        layer.product = SparseProduct(layer.folded_weight)
-    return model, data.load_tokenizer(folder), words
+    expect(path.is_file(), f"{path}: no such file; --eval MASK --export DIR --sparse makes it",
+           FileNotFoundError)
+    config, tokenizer = bert.read_config(path.with_name("config.json")), data.load_tokenizer(folder)
+    state, header = data.load_packed(path, "model")
+    for name in [name for name in state if name.endswith(".scale")]:
+        weight = name.replace(".scale", ".weight")
+        state[weight] = state[weight] * state.pop(name)
+    model = bert.build(config, state, path)
+    expect(fingerprint(model, tokenizer) == header["fingerprint"], f"{path}: not of the "
+           "config.json and the vocabulary beside it; export it again")
+    for layer in smp.prune(model, prunable(model)).values():
+        W = layer.dense_weight.detach()
+        layer.int8, layer.fixed = header["int8"], (W, SparseProduct(W))
+    return model, tokenizer, header["label_words"]
 
-def predict_masks(flags):
+def predict_masks(s):
     """--predict: GLUE's submission files, and of several masks the zip. All is computed before the
     first file is written."""
-    out, found = Path(flags.out or "predictions"), {}
-    for path in flags.predict:
-        mask = MaskFile(path, flags)
-        if mask.task.mlm:
-            raise ValueError(f"{path}: a mask for mlm; a language model has no labels to predict")
-        for split, examples in mask.encode_splits(mask.task.test).items():
+    out, found = Path(s.out or "predictions"), {}
+    for path in s.predict:
+        mask = MaskFile(path, s)
+        expect(mask.task.test, f"{path}: a mask for {mask.s.task}; it has no labels to predict")
+        for split, examples in mask.examples(*mask.task.test).items():
             file = out / data.prediction_name(mask.task, split)
-            if file in found:
-                raise ValueError(f"{path}: a second mask for {mask.metadata['task']}; GLUE takes "
-                                 "one file a task")
-            if file.exists() and not flags.overwrite:
-                raise FileExistsError(f"{file}: exists; give --overwrite, or another --out")
-            with mask.folded(flags.sparse):
-                found[file] = path, mask.task, mask.predict(examples)
-            if flags.sparse:
-                mask.compare_speed(split)
+            expect(file not in found, f"{path}: a second mask for {mask.s.task}; GLUE takes one "
+                   "file a task")
+            data.claim(out, [file.name], s.overwrite, "give --overwrite, or another --out")
+            with mask.folded():
+                found[file] = path, mask.task, mask.asks.predict(mask, examples)
     for file, (path, task, logits) in found.items():
         data.write_predictions(file, task, logits)
         print(f"{path} -> {file} ({len(logits):,} lines)")
-    if len(flags.predict) > 1:
+    if len(s.predict) > 1:
         print(f"all of them -> {data.zip_predictions(list(found))}, as the GLUE site takes it")
 
 # ---- What a person sees ---------------------------------------------------------------------
@@ -856,64 +748,52 @@ def format_metrics(metrics):
     return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()
                      if name != "score" or says_more)
 
-def show_progress(bar, run, loss):
-    sparsity = data.sparsity_of(run.masks())
-    bar.set_postfix_str(f"loss {loss:.3f}  sparsity {sparsity:.3f}", refresh=False)
-    bar.update(run.state["step"] - bar.n)
-
 def introduce(run):
     """What this run is, before its first step."""
-    given = {key: x for key, x in recorded(run.s).items() if x is not None and x is not False}
+    s = run.s
+    given = {key: x for key, x in recorded(s).items() if x is not None and x is not False}
     settings = " ".join(f"{key}={value}" for key, value in given.items())
     print(textwrap.fill(f"settings    {settings}", 100, subsequent_indent=" " * 12,
                         break_long_words=False, break_on_hyphens=False))
     text = run.tokenizer.decode(run.train_set.ids[0], skip_special_tokens=False)
-    asked, at = ("all words", "the token") if run.task.mlm else ("label words", "[CLS]")
-    answer = "the words that are hidden" if run.task.mlm else run.train_set.labels[0]
-    if run.task.labels:
-        answer = run.task.words[answer]
+    asked, at, answer = run.asks.explain(run.train_set)
     print(f"example     {data.printable(text)} -> {answer}")
     head = f"dot product of {at} and their embeddings (the model has no MLM head)"
     if run.model.mlm:
         head = "the MLM transform and their rows of the decoder"
     print(f"head        {asked}: {head}")
     scores = sum(x.numel() for x in run.scores)
-    weights = sum(p.numel() for p in run.model.parameters()) - scores
-    frozen = weights - run.n_trained
-    has_scores = f", {scores:,} scores, one for each prunable weight" if run.s.rule else ""
+    frozen = sum(p.numel() for p in run.model.parameters()) - scores - run.n_trained
+    has_scores = f", {scores:,} scores, one for each prunable weight" if s.rule else ""
     print(f"parameters  {frozen:,} frozen, {run.n_trained:,} trained{has_scores}")
-    if run.s.rule == "threshold":
-        print(f"note        the rule sets no sparsity: sigmoid(S) > {run.s.tau:g} decides")
+    if run.train_set.cut:
+        share = run.train_set.cut / len(run.train_set)
+        print(f"note        {share:.1%} of the texts have over {s.max_length} tokens and are cut")
+    if s.rule == "threshold":
+        print(f"note        the rule sets no sparsity: sigmoid(S) > {s.tau:g} decides")
 
-def report(run, final, masks):
-    best, last = final["best"], final["last"]
-    mask = run.out / "mask.safetensors"
-    files, cost = [f"{run.out}/metrics.jsonl"], []
+def report(run, final, masks, which, seconds):
+    s, best, last = run.s, final["best"], final["last"]
+    mask, files = run.out / "mask.safetensors", [f"{run.out}/metrics.jsonl"]
     print()
     if masks:
         print(data.density_table(masks))
         sparsity = 1 - final["kept"] / final["total"]
         print(f"\nkept {final['kept']:,} of {final['total']:,} weights: sparsity {sparsity:.6f}")
         files.append(f"{mask} ({mask.stat().st_size:,} bytes)")
-    if run.s.rule:
-        cost.append("one bit for each prunable weight")
-    if run.s.trains_weights and run.s.int8:
-        cost.append("8 for each weight that is kept, 32 for each row's scale, bias and LayerNorm")
-    elif run.s.trains_weights:
-        cost.append("32 for each weight that is kept, each bias and LayerNorm")
-    if run.s.trains_weights:
+    if s.trains_weights:
         files.append(f"{run.out}/model/")
+    by = f"chosen on {s.holdout:.0%} of train, held out" if s.holdout else (
+        "chosen on dev itself, so a little flattering")
     print(f"last   epoch {last['epoch']:<5.4g} {format_metrics(last['metrics'])}")
-    by = "chosen on dev itself, so a little flattering"
-    if run.s.holdout:
-        by = f"chosen on {run.s.holdout:.0%} of train, held out"
     print(f"best   epoch {best['epoch']:<5.4g} {format_metrics(best['metrics'])}   <- saved; {by}")
-    print("frozen tensors: every one bit-identical to the checkpoint")
-    if run.s.scores_from == "zeros":
+    if s.scores_from:
+        print("frozen tensors: every one bit-identical to the checkpoint")
+    if s.scores_from == "zeros":
         print("locked zeros: every one still zero")
-    print(f"new parameters for this task: {final['new_bits']:,} bits, "
-          f"{final['new_bits'] / 8e6:.2f} MB ({', '.join(cost)})")
-    print(f"{final['seconds']:.0f} s, {final['peak_mb']:,} MB at most;", ", ".join(files))
+    bits = final["new_bits"]
+    print(f"new parameters for this task: {bits:,} bits, {bits / 8e6:.2f} MB ({which})")
+    print(f"{seconds:.0f} s, {data.peak_mb(s.device):,.0f} MB at most;", ", ".join(files))
 
 # ---- The demo: a BERT of our own, and the lesson in one table -------------------------------
 
@@ -922,40 +802,34 @@ def prepare_demo(folder):
     files = ("model/model.safetensors", "DEMO/train.tsv", "DEMO/dev.tsv")
     if from_first(not all((folder / name).is_file() for name in files)):
         print(f"demo        first run: making up a language in {folder}/, pre-training on it")
-        if not RANK:
-            data.write_demo(folder)
-            write_random_model(folder)
-        pretrain(folder)
+        by_first(write_random_model, folder)
+        run_silently(task="mlm", corpus=f"{folder}/corpus.txt", mlm_rate=0.3, mlm_cls=True,
+                     method="finetune", model=f"{folder}/DEMO/random", out=str(folder), resume=True,
+                     epochs=1, batch_size=32, weight_lr=4e-4, dropout=0.0)
 
 def write_random_model(folder):
+    data.write_demo(folder)
     tokenizer = data.load_tokenizer(folder)
     torch.manual_seed(0)
     model = bert.Bert(bert.Config(
         vocab_size=tokenizer.get_vocab_size(), hidden_size=256, num_hidden_layers=2,
         num_attention_heads=4, intermediate_size=1024, max_position_embeddings=128))
-    save_model(folder / "random", model, folder)
+    save_model(folder / "DEMO/random", model, folder)
 
-def pretrain(folder):
-    """folder/random -> folder/model, by the task mlm on folder/corpus.txt."""
-    from_first(None)  # it has written them
-    flags = ["--task=mlm", "--mlm-rate=0.3", "--mlm-cls", f"--corpus={folder}/corpus.txt",
-             "--method=finetune", f"--model={folder}/random", f"--out={folder}", "--resume",
-             "--epochs=2", "--batch-size=64", "--weight-lr=4e-4", "--dropout=0"]
-    train_silently(parse_flags(flags))
-
-def train_silently(flags):
-    flags.seed = 0
+def run_silently(**given):
+    s = settings_of(given | {"seed": 0})
     with contextlib.redirect_stdout(io.StringIO()):
-        return finished_run(flags) or train(flags)
+        return finished(s) or run_once(s)
 
-def compare(flags, learned):
+def compare(s, learned):
     """Prints what the learned mask is worth, beside other things to do with the same weights."""
-    s = settings_of(flags)
-    frozen = TaskModel(bert.find_pretrained(s.model), data.TASKS[s.task], s)
-    dev = frozen.encode_splits(frozen.task.dev)
+    folder = bert.find_pretrained(s.model)
+    positions = bert.read_config(folder / "config.json").max_position_embeddings
+    frozen = TaskModel(folder, settings_of(s.given, positions))
+    dev = frozen.examples(*frozen.task.dev)
 
     def accuracy():
-        return frozen.evaluate(dev)["accuracy"]
+        return frozen.asks.evaluate(frozen, dev)["accuracy"]
 
     labels = dev["dev"].labels
     rows = {"chance: always the commoner label": max(np.bincount(labels)) / len(labels),
@@ -970,12 +844,11 @@ def compare(flags, learned):
         rows[f"a {name} mask, untrained"] = accuracy()
     rows["the learned mask"] = learned["last"]["metrics"]["accuracy"]
     # The same for every mask: trained once and kept.
-    out = f"{s.data}/dense-{s.precision}-{s.max_length}-{frozen.fingerprint[:8]}"
-    flags = parse_flags(["--method=finetune", "--epochs=2", "--weight-lr=5e-4"])
-    for name in ("data", "model", "device", "precision", "max_length"):
-        setattr(flags, name, getattr(s, name))
-    flags.resume, flags.out = True, out
-    dense = train_silently(flags)
+    names = ("data", "model", "device", "precision", "max_length")
+    dense = run_silently(
+        method="finetune", epochs=2, weight_lr=5e-4, resume=True, out=f"{s.data}/dense-"
+        f"{s.precision}-{frozen.s.max_length}-{frozen.fingerprint[:8]}",
+        **{name: getattr(frozen.s, name) for name in names})
     rows["dense fine-tuning, every weight trained"] = dense["last"]["metrics"]["accuracy"]
     print(f"\naccuracy on dev; the three masks remove {sparsity:.0%} of the weights, change none")
     for what, value in rows.items():
@@ -986,119 +859,10 @@ def compare(flags, learned):
               "Neither chance nor\nsize finds it. Asking the task of each weight \"stay or go?\", "
               "and nothing else, does.")
 
-# ---- Defaults, flags, main ------------------------------------------------------------------
+# ---- The flags ------------------------------------------------------------------------------
 
+LATER = ...  # a setting that depends on the model or the data, while they are not known
 PRECISIONS = ("fp32", "bf16")
-
-def settings_of(flags, n=None, positions=512):
-    """All settings of a run: the flags that were given, and a default for every other one. What
-    depends on n, the number of training examples, is left out while n is not known. The epochs and
-    batch sizes are the published ones; `positions` is the longest input of the model."""
-    s = argparse.Namespace(**vars(flags))
-
-    def default(**values):
-        for name, value in values.items():
-            if getattr(s, name, None) is None:
-                setattr(s, name, value)
-
-    default(task="demo", method="smp-s", seed=[0], checkpoint_every=60.0)
-    demo = s.task == "demo"
-    if demo and not (s.out or s.resume):
-        s.overwrite = True  # a demo is there to be run again
-    mlm = s.task == "mlm"
-    default(data="demo" if demo else s.corpus or "glue", max_length=min(128, positions),
-            precision="bf16" if s.device.startswith("cuda") else "fp32")
-    default(model=f"{s.data}/model" if demo else "bert-base-uncased")
-
-    s.scores_from, s.rule, weights = METHODS[s.method]
-    s.trains_weights = weights == "trained"
-    default(sparsity=0.0 if s.rule in (None, "threshold") else 0.9, ramp=0.5 if s.rule else 0.0)
-    keeps_most = s.sparsity <= 0.5 and s.rule != "threshold"
-    # A network that keeps half of its weights can overfit by its choice; one with a tenth cannot.
-    if demo and s.trains_weights:  # what is trained on a made-up language need not generalise far
-        default(dropout=0.0)
-    default(dropout=0.1 if s.trains_weights or s.paper else 0.2 if keeps_most else 0.0)
-    if s.scores_from == "learned":
-        default(lr=2e-2, init="zero" if demo or s.paper else "magnitude")
-        if s.lam is None and s.pull is None:
-            if s.paper:
-                default(lam=400.0)
-            else:
-                default(pull=0.2 if demo else 1.0)
-    else:
-        default(init=s.scores_from if s.rule else "zero", lam=0.0)
-    if s.trains_weights:
-        default(weight_lr=1e-3 if demo else 1e-4 if s.method == "lock" else 5e-5 if mlm else 3e-5)
-    if mlm:
-        default(mlm_rate=0.15)
-    if s.teacher:
-        default(temperature=2.0, teacher_weight=0.5)
-    if s.rule == "threshold":
-        default(tau=0.1)
-    if n is None:
-        return s
-
-    large = n > 10_000
-    default(epochs=3 if demo or mlm else 12 if large else 60 if n >= 3_000 else 100)
-    s.epochs = 0 if s.scores_from == "random" else s.epochs
-    if s.batch_size is None:
-        s.batch_size = 64 if large else 32
-        # A step moves a score by about lr, whatever the batch: 1,500 steps at least, if possible.
-        if not (demo or mlm or s.paper or keeps_most):
-            while s.batch_size > 16 and s.epochs * n < 1500 * s.batch_size:
-                s.batch_size //= 2
-    s.epoch_steps = math.ceil(n / s.batch_size)
-    s.steps = s.epochs * s.epoch_steps
-    s.ramp_steps = round(s.ramp * s.steps)
-    s.hold_steps = s.ramp_steps if mlm and s.method == "magnitude" else 0
-    default(eval_every=s.epoch_steps)
-    return s
-
-def useless_flags(flags):
-    """Yields (flags, why) for those that would have no effect in this mode or with this method."""
-    if flags.eval or flags.predict:
-        useful = "task model data corpus device debug overwrite sparse "
-        useful += "eval export" if flags.eval else "predict out"
-        yield set(vars(flags)).difference(useful.split()), "a mask brings its settings"
-    if len(flags.eval or ()) != 1:
-        yield ["export"], "it needs --eval with one mask"
-    if flags.resume:
-        yield ["overwrite"], "--resume goes on with what is there"
-    if flags.lam is not None:
-        yield ["pull"], "--lambda sets the strength"
-    if flags.eval or flags.predict:
-        return
-    s = settings_of(flags)
-    yield ["sparse"], "it is for --eval and --predict"
-    if s.task != "mlm":
-        yield ["corpus", "mlm_rate", "mlm_cls"], "they are for --task mlm"
-    else:
-        yield ["data", "holdout"], "the texts are in --corpus, and its last 5 % are held out"
-    if s.scores_from != "learned":
-        learning = "lr init lam pull paper"
-        yield learning.split(), f"--method {s.method} learns no scores"
-    if s.scores_from is None:
-        yield ["sparsity", "ramp"], f"--method {s.method} removes nothing"
-    if s.scores_from == "zeros":
-        yield ["sparsity", "ramp"], f"--method {s.method} keeps the zeros of the model"
-    if s.scores_from == "random":
-        learning = "epochs batch_size eval_every ramp dropout teacher checkpoint_every holdout"
-        yield learning.split(), f"--method {s.method} learns nothing"
-    if s.rule == "threshold":
-        yield ["sparsity"], f"--method {s.method} keeps what is above tau, lambda steers it"
-    else:
-        yield ["tau"], f"--method {s.method} has no threshold"
-    if not s.trains_weights:
-        yield ["weight_lr"], f"--method {s.method} keeps the weights frozen"
-    if not s.teacher:
-        yield ["temperature", "teacher_weight"], "there is no --teacher"
-    elif data.TASKS[s.task].regression:
-        yield ["temperature"], f"{s.task} is a regression"
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # one line, without the page of usage
-        line = f"error: {data.printable(message)}; see python train.py --help\n"
-        self.exit(2, "" if RANK else line)
 
 def number(low, high=math.inf, kind=float):
     """The argparse settings of a finite number from low to high."""
@@ -1107,9 +871,8 @@ def number(low, high=math.inf, kind=float):
             value = kind(string)
             if low <= value <= high and math.isfinite(value):
                 return value
-        bounds = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
         word = "whole number" if kind is int else "number"
-        raise argparse.ArgumentTypeError(f"{string!r} is not a {word} {bounds}")
+        raise argparse.ArgumentTypeError(f"{string!r} is not a {word} from {low} to {high}")
 
     return {"type": parse, "metavar": "N"}
 
@@ -1122,131 +885,203 @@ def device(string):
         raise argparse.ArgumentTypeError(f"no device {string!r} here ({reason})") from None
     return string
 
+def usual_device(s):
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{os.environ['LOCAL_RANK']}" if PROCESSES > 1 else "cuda"
+
+def usual_epochs(s):
+    return LATER if s.n is None else 12 if s.n > 10_000 else 60 if s.n >= 3_000 else 100
+
+def usual_batch_size(s):
+    """A step moves a score by about lr, whatever the batch. So a sparse mask, which has far to
+    move, gets 1,500 steps at least, if possible."""
+    if s.n is None:
+        return LATER
+    size = 64 if s.n > 10_000 else 32
+    sparse = s.rule == "threshold" or (s.sparsity or 0.0) > 0.5
+    if sparse and s.task not in USUAL and not s.paper:
+        while size > 16 and s.epochs * s.n < 1500 * size:
+            size //= 2
+    return size
+
+def usual_dropout(s):
+    """A network that keeps half of its weights can overfit by its choice, one with a tenth cannot.
+    """
+    if s.trains_weights:
+        return 0.0 if s.task == "demo" else 0.1
+    return 0.2 if s.rule != "threshold" and s.sparsity <= 0.5 else 0.0
+
+# What is usual for a task, a method or --paper, where it differs from the table of flags.
+USUAL = {
+    "demo": {"data": "demo", "epochs": 3, "pull": 0.2, "init": "zero", "weight_lr": 1e-3},
+    "mlm": {"epochs": 3, "weight_lr": 5e-5},
+    "lock": {"weight_lr": 1e-4},
+    "paper": {"init": "zero", "lam": 400.0, "dropout": 0.1},
+}
 YES, TEXT, TEXTS = {"action": "store_true"}, {"metavar": "X"}, {"metavar": "X", "nargs": "+"}
-WHOLE, POSITIVE, SHARE = number(1, kind=int), number(0), number(0, 1)
+WHOLE, POSITIVE, SHARE = number(1, kind=int), number(0, 1e6), number(0, 1)
 SEEDS = number(0, 2**32 - 1, int) | {"nargs": "+"}
-FLAGS = {  # group: flag, kind, what it does. The defaults are decided in settings_of.
-    "what": [
-        ("--task", {"choices": data.TASKS}, "a GLUE task, or demo, which needs no data (default)"),
-        ("--method", {"choices": METHODS}, "see the README's table (default: smp-s)"),
-        ("--sparsity", number(0, 0.9999), "fraction of the weights to REMOVE (default: 0.9)"),
-        ("--model", TEXT, "model folder, or name on the hub (default: bert-base-uncased)"),
-        ("--teacher", TEXT, "a fine-tuned model to distil from"),
-        ("--corpus", TEXT, "for --task mlm: a text file, a text a line; 5 %% are held out"),
-    ],
-    "where": [
-        ("--data", TEXT, "folder of GLUE's task folders, fetched if missing (default: glue)"),
-        ("--out", TEXT, "folder of the run (default: runs/TASK-METHOD-SPARSITY-sSEED)"),
-        ("--overwrite", YES, "replace what is there"),
-        ("--resume", YES, "go on with an interrupted run"),
-        ("--checkpoint-every", POSITIVE, "seconds; more if it took over 2 %% (default: 60)"),
-    ],
-    "masks at work, in place of training": [
-        ("--eval", TEXTS, "evaluate these mask files on dev"),
-        ("--predict", TEXTS, "write GLUE's submission files to --out (default: predictions)"),
-        ("--export", TEXT, "with --eval MASK: write the pruned model to this folder"),
-        ("--sparse", YES, "skip the zeros, on a CPU; what is exported is small"),
-    ],
-    "how long": [
-        ("--epochs", WHOLE, "default: 12; to 10,000 examples 60, below 3,000 100; demo, mlm 3"),
-        ("--batch-size", WHOLE, "default: 64 above 10,000 examples, else 32; less in short runs"),
-        ("--limit", WHOLE, "use only the first N training examples"),
-        ("--holdout", number(0, 0.9), "share of train to choose the best by, in place of dev"),
-        ("--eval-every", WHOLE, "steps between evaluations (default: an epoch)"),
-    ],
-    "the method": [
-        ("--lr", POSITIVE, "learning rate of the scores, falling to 0 (default: 2e-2)"),
-        ("--weight-lr", POSITIVE, "of the weights (default: 3e-5; lock 1e-4, mlm 5e-5, demo 1e-3)"),
-        ("--pull", POSITIVE, "of the regulariser, in task gradients (default: 1; demo: 0.2)"),
-        ("--lambda", POSITIVE, "of the regulariser, instead of --pull; the paper's is 400"),
-        ("--ramp", SHARE, "share of the steps in which the sparsity grows (default: 0.5)"),
-        ("--init", {"choices": ["zero", "magnitude"]}, "of scores (default: magnitude; demo zero)"),
-        ("--dropout", SHARE, "default: 0.1 if weights train (demo 0), 0.2 if half stay, else 0"),
-        ("--paper", YES, "published --init zero --lambda 400 --dropout 0.1, and batch sizes"),
-        ("--tau", SHARE, "the threshold rule keeps where sigmoid(S) > tau (default: 0.1)"),
-        ("--temperature", number(1e-3), "of the distillation (default: 2)"),
-        ("--teacher-weight", SHARE, "of the distillation, against the task's (default: 0.5)"),
-        ("--int8", YES, "linear layers of the encoder in 8 bits (simulated)"),
-        ("--mlm-rate", SHARE, "share of the words that mlm asks for (default: 0.15)"),
-        ("--mlm-cls", YES, "mlm also asks [CLS] for a word of its text"),
-        ("--max-length", number(4, kind=int), "longest input, in tokens (default: 128)"),
-    ],
-    "the machine": [
-        ("--seed", SEEDS, "several make as many runs, and their mean (default: 0)"),
-        ("--device", {"type": device}, "default: cuda where there is one, else cpu"),
-        ("--precision", {"choices": PRECISIONS}, "of products (default: bf16 on cuda, else fp32)"),
-        ("--debug", YES, "show the traceback of an error"),
-    ],
+# All that is known of a flag. A group says what its flags are for, and whether that is so: without
+# effect a flag is refused, and its setting is None. A row is a flag, its kind, its help, and its
+# default, a value or a function of the settings so far.
+FLAGS = {
+    "any command": (lambda s: True, [
+        ("--task", {"choices": data.TASKS}, "a GLUE task, or demo, which needs no data", "demo"),
+        ("--device", {"type": device}, "default: cuda where there is one, or cpu", usual_device),
+        ("--debug", YES, "show the traceback of an error", False)]),
+    "masks at work, in place of training": (lambda s: s.eval or s.predict, [
+        ("--eval", TEXTS, "evaluate these mask files on dev", None),
+        ("--predict", TEXTS, "write GLUE's submission files to --out (default: predictions)", None),
+        ("--sparse", YES, "skip the zeros, on a CPU; what is exported is small", False)]),
+    "--eval of one mask": (lambda s: len(s.eval or ()) == 1, [
+        ("--export", TEXT, "write the pruned model to this folder", None)]),
+    "training": (lambda s: not (s.eval or s.predict), [
+        ("--method", {"choices": METHODS}, "see the README's table", "smp-s"),
+        ("--resume", YES, "go on with an interrupted run", False),
+        ("--limit", WHOLE, "use only the first N training examples", None),
+        ("--seed", SEEDS, "several make as many runs, and their mean (default: 0)", [0]),
+        ("--precision", {"choices": PRECISIONS}, "of products (default: bf16 on cuda, or fp32)",
+         lambda s: "bf16" if s.device.startswith("cuda") else "fp32"),
+        ("--int8", YES, "linear layers of the encoder in 8 bits (simulated)", False),
+        ("--max-length", number(4, kind=int), "longest input, in tokens (default: 128)",
+         lambda s: LATER if s.positions is None else min(128, s.positions))]),
+    "training and --predict": (lambda s: not s.eval, [
+        ("--out", TEXT, "its folder (default: runs/TASK-METHOD-SPARSITY-sSEED)", None)]),
+    "what does not --resume": (lambda s: not s.resume, [
+        ("--overwrite", YES, "replace what is there (default for the demo, without --out)",
+         lambda s: bool(s.method) and s.task == "demo" and not s.out)]),
+    "tasks with labels": (lambda s: s.task != "mlm", [
+        ("--data", TEXT, "folder of GLUE's task folders, fetched if missing", "glue"),
+        ("--holdout", number(0, 0.9), "share of train to choose the best by, not dev", None)]),
+    "--task mlm": (lambda s: s.task == "mlm" or not s.method, [
+        ("--corpus", TEXT, "a text file, a text a line; 5 %% are held out", None),
+        ("--mlm-rate", SHARE, "share of the words that it asks for", 0.15),
+        ("--mlm-cls", YES, "it also asks [CLS] for a word of its text", False)]),
+    "a base model": (lambda s: True, [
+        ("--model", TEXT, "folder, or name on the hub (default: bert-base-uncased)",
+         lambda s: f"{s.data}/model" if s.task == "demo" else "bert-base-uncased")]),
+    "methods that set the sparsity": (lambda s: s.rule not in (None, "threshold"), [
+        ("--sparsity", number(0, 0.9999), "fraction of the weights to REMOVE", 0.9)]),
+    "methods with a threshold": (lambda s: s.rule == "threshold", [
+        ("--tau", SHARE, "keeps where sigmoid(S) > tau; lambda steers how many", 0.1)]),
+    "methods that learn scores": (lambda s: s.scores_from == "learned", [
+        ("--paper", YES, "published --init zero --lambda 400 --dropout 0.1, and batches", False),
+        ("--lr", POSITIVE, "learning rate of the scores, falling to 0", 2e-2),
+        ("--init", {"choices": ["zero", "magnitude"]}, "of scores; of the demo zero", "magnitude"),
+        ("--lambda", POSITIVE | {"dest": "lam"}, "of the regulariser, not --pull", None)]),
+    "a regulariser without --lambda": (lambda s: s.scores_from == "learned" and s.lam is None, [
+        ("--pull", POSITIVE, "of the regulariser, in task gradients; of the demo 0.2", 1.0)]),
+    "methods that train weights": (lambda s: s.trains_weights, [
+        ("--weight-lr", POSITIVE, "learning rate; of lock 1e-4, mlm 5e-5, the demo 1e-3", 3e-5)]),
+    "methods that learn": (lambda s: s.method not in (None, "random"), [
+        ("--epochs", WHOLE, "default: 12; to 10,000 examples 60, below 3,000 100; demo, mlm 3",
+         usual_epochs),
+        ("--batch-size", WHOLE, "default: 64 above 10,000 examples, or 32; less in short runs",
+         usual_batch_size),
+        ("--eval-every", WHOLE, "steps between evaluations (default: an epoch)",
+         lambda s: LATER if s.n is None else math.ceil(s.n / s.batch_size)),
+        ("--dropout", SHARE, "default: 0.1 if weights train (demo 0), 0.2 if half stay, or 0",
+         usual_dropout),
+        ("--checkpoint-every", POSITIVE, "seconds; more if it took over 2 %%", 60.0),
+        ("--teacher", TEXT, "a fine-tuned model to distil from", None)]),
+    "methods with a ramp": (lambda s: s.rule not in (None, "threshold") and s.method != "random", [
+        ("--ramp", SHARE, "share of the steps in which the sparsity grows", 0.5)]),
+    "a --teacher": (lambda s: s.teacher, [
+        ("--teacher-weight", SHARE, "of the distillation, against the task's", 0.5)]),
+    "a --teacher of classes": (lambda s: s.teacher and not data.TASKS[s.task].regression, [
+        ("--temperature", number(1e-3, 1e3), "of the distillation", 2.0)]),
 }
 
-def parse_flags(argv):
-    """The command line -> flags, None where not given. Refuses what contradicts itself, and what
-    would have no effect."""
-    p = Parser(prog="train.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
-    for title, flags in FLAGS.items():
-        group = p.add_argument_group(title)
-        for flag, kind, does in flags:
-            group.add_argument(flag, help=does, **kind)
-    flags = p.parse_args(argv)
-    flags.lam = vars(flags).pop("lambda")  # no name in Python
-    given = {name for name, x in vars(flags).items() if x is not None and x is not False}
-    flags.device = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if flags.device == "cuda" and PROCESSES > 1:
-        flags.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    for names, why in useless_flags(flags):
-        for name in given.intersection(names):
-            p.error(f"{flag_of(name)} has no effect here: {why}")
-    if PROCESSES > 1 and (flags.eval or flags.predict):
+def settings_of(given, positions=None, n=None):
+    """All settings of a run: what was given, and a default for the rest. `positions` of the model
+    and n training examples may be unknown. Raises ValueError for what has no effect."""
+    s = argparse.Namespace(given=given, positions=positions, n=n, eval=given.get("eval"),
+                           predict=given.get("predict"), paper=False, method=None)
+    for purpose, (applies, rows) in FLAGS.items():
+        for flag, kind, _, default in rows:
+            name = kind.get("dest", flag[2:].replace("-", "_"))
+            value = given.get(name)
+            expect(value is None or value is False or applies(s),
+                   f"{flag} has no effect here: it is for {purpose}")
+            if value is None and applies(s):
+                for what in (s.method, s.task if name != "task" else "", "paper" * bool(s.paper)):
+                    default = USUAL.get(what, {}).get(name, default)
+                value = default(s) if callable(default) else default
+            setattr(s, name, value)
+            if name == "method":
+                s.scores_from, s.rule, weights = METHODS.get(s.method, (None, None, None))
+                s.trains_weights = weights == "trained"
+    s.epoch_steps = s.steps = s.ramp_steps = s.hold_steps = LATER
+    if n is not None:
+        s.epoch_steps = math.ceil(n / (s.batch_size or n))
+        s.steps = (s.epochs or 0) * s.epoch_steps
+        # Of a threshold, which has no target, the last mask counts.
+        s.ramp_steps = s.steps if s.rule == "threshold" else round((s.ramp or 0.0) * s.steps)
+        s.hold_steps = s.ramp_steps if s.task == "mlm" and s.method == "magnitude" else 0
+    return s
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line, without the page of usage
+        self.exit(2, f"error: {data.printable(message)}; see python train.py --help\n")
+
+def parse_flags(argv=None):
+    """The command line -> settings. Refuses what contradicts itself, and what has no effect."""
+    p = Parser(prog="train.py", description=__doc__.partition("\n")[0], allow_abbrev=False,
+               argument_default=argparse.SUPPRESS)
+    for purpose, (_, rows) in FLAGS.items():
+        group = p.add_argument_group(f"for {purpose}")
+        for flag, kind, does, default in rows:
+            plain = type(default) in (str, float)
+            group.add_argument(flag, help=f"{does} (default: {default})" if plain else does, **kind)
+    try:
+        s = settings_of(vars(p.parse_args(argv)))
+    except ValueError as error:
+        p.error(str(error))
+    if PROCESSES > 1 and not s.method:
         p.error("--eval and --predict run in one process, without torchrun")
-    if flags.task == "mlm" and not (flags.corpus or flags.eval or flags.predict):
+    if s.method and s.task == "mlm" and not s.corpus:
         p.error("--task mlm needs --corpus FILE")
-    if len(set(flags.seed or ())) < len(flags.seed or ()):
+    if s.seed and len(set(s.seed)) < len(s.seed):
         p.error("--seed: the same seed twice")
-    return flags
+    return s
 
-def flag_of(name):
-    return "--lambda" if name == "lam" else "--" + name.replace("_", "-")
+# ---- main -----------------------------------------------------------------------------------
 
-def run_seeds(flags):
+def run_seeds(s):
     """A run for each seed. Returns the final record, or of several the mean and spread of their
     metrics. What to report is the mean of `last`: `best` was chosen on dev itself."""
-    s = settings_of(flags)
     parts = [s.task, s.method, f"{s.sparsity:g}" if s.sparsity else "", "int8" if s.int8 else ""]
     out = s.out or "runs/" + "-".join(filter(None, parts))
     each, alone = [], s.out and len(s.seed) == 1
     for seed in s.seed:
-        own = {"seed": seed, "out": out if alone else f"{out}-s{seed}", "overwrite": s.overwrite}
-        each.append(argparse.Namespace(**vars(flags) | own))
-    finals = [finished_run(one) for one in each]  # refuses a folder before the first run
-    finals = [final or train(one) for final, one in zip(finals, each, strict=True)]
+        own = {"seed": seed, "out": out if alone else f"{out}-s{seed}"}
+        each.append(settings_of(s.given | own | {"overwrite": s.overwrite}))
+    finals = [finished(one) for one in each]  # refuses a folder before the first run
+    finals = [final or run_once(one) for final, one in zip(finals, each, strict=True)]
     if len(finals) == 1:
         return finals[0]
     together = {"seeds": s.seed, "n": len(finals)}
     print(f"\n{len(finals)} seeds, mean ± sample standard deviation")
-    for which, name in itertools.product(("best", "last"), finals[0]["metrics"]):
-        if name == "score":
-            continue
+    names = [name for name in finals[0]["metrics"] if name != "score"]
+    for which, name in itertools.product(("best", "last"), names):
         values = [final[which]["metrics"][name] for final in finals]
-        mean = np.mean(values).item()
-        std = np.std(values, ddof=1).item()
-        key = f"{which}_{name}"
+        mean, std, key = np.mean(values).item(), np.std(values, ddof=1).item(), f"{which}_{name}"
         together |= {key: values, f"{key}_mean": mean, f"{key}_std": std}
         print(f"  {which} {name:<11} {mean:.4f} ± {std:.4f}")
     print(json.dumps(together))
     return together
 
-def run_command(flags):
-    started, s = time.monotonic(), settings_of(flags)
-    if flags.eval:
-        return evaluate_masks(flags)
-    if flags.predict:
-        return predict_masks(flags)
+def command(s):
+    if s.eval or s.predict:
+        return evaluate_masks(s) if s.eval else predict_masks(s)
+    started = time.monotonic()
     if s.task == "demo":
         prepare_demo(Path(s.data))
-    final = run_seeds(flags)
-    shows_lesson = s.task == "demo" and s.rule and not s.trains_weights
-    if shows_lesson and len(s.seed) == 1:
-        compare(flags, final)
+    final = run_seeds(s)
+    learns_masks = s.scores_from == "learned" and not s.trains_weights
+    if s.task == "demo" and learns_masks and len(s.seed) == 1:
+        compare(s, final)
         seconds, memory = time.monotonic() - started, data.peak_mb(s.device)
         print(f"\n{seconds:.0f} s in all, {memory:,.0f} MB of memory at most")
     return final
@@ -1254,29 +1089,85 @@ def run_command(flags):
 def main(argv=None):
     """Runs the command line; returns the final record. Bad input, from flag to file, ends in one
     line on stderr and exit code 2; ctrl-C in exit code 130."""
-    with contextlib.redirect_stdout(data.Unbreakable(sys.stdout)), \
-            contextlib.redirect_stderr(data.Unbreakable(sys.stderr)):
-        flags = parse_flags(argv)
+    terminal = data.Unbreakable(sys.stderr)
+    nowhere = open(os.devnull, "w") if RANK else None  # the first process prints
+    with contextlib.redirect_stdout(nowhere or data.Unbreakable(sys.stdout)), \
+            contextlib.redirect_stderr(nowhere or terminal):
+        s = parse_flags(argv)
         try:
-            with joined(flags.device):
-                return run_command(flags)
+            with joined(s.device):
+                return command(s)
         except KeyboardInterrupt:
-            if not RANK:
-                print("\ninterrupted; with --resume the same command goes on from a checkpoint, if "
-                      "any", file=sys.stderr)
+            print("\ninterrupted; with --resume the same command goes on from a checkpoint, if any",
+                  file=sys.stderr)
             raise SystemExit(130) from None
         except (ValueError, OSError, ArithmeticError, RuntimeError, MemoryError,
                 SafetensorError) as error:
-            if flags.debug:
+            if s.debug:
                 raise
-            # A disk that is full says so without saying where.
-            nameless = isinstance(error, SafetensorError) or getattr(error, "errno", 0) == 28
-            where = f"{flags.out or 'runs'}: " if nameless else ""
             if RANK:  # if the first one fails too it says why, and torchrun ends the others
                 time.sleep(2)
             who = f"process {RANK} of {PROCESSES}: " if PROCESSES > 1 else ""
-            print(f"error: {who}{where}{data.printable(error)}", file=sys.stderr)
+            print(f"error: {who}{data.printable(error)}", file=terminal)
             raise SystemExit(2) from None
+
+# ---- Several processes; one may stop here ---------------------------------------------------
+# `torchrun --nproc-per-node 2 train.py ...` starts this program twice. Each process takes its part
+# of every batch, and the gradients are added up. So all have equal scores, and choose equal masks.
+# The first one writes and prints.
+
+RANK, PROCESSES = 0, 1
+if all(os.environ.get(name, "").isdigit() for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")):
+    RANK, PROCESSES = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+@contextlib.contextmanager
+def joined(device):
+    """Inside, the processes hear each other, on GPUs through NCCL, else through gloo."""
+    if PROCESSES == 1:
+        yield
+        return
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    # An optimizer imports this. If it did so later, threads would outlive the group and crash.
+    from torch import _dynamo  # noqa: F401
+    dist.init_process_group()
+    yield
+    dist.destroy_process_group()
+
+def from_first(x):
+    """What x is in the first process. All wait for it."""
+    if PROCESSES > 1:
+        box = [x]
+        dist.broadcast_object_list(box, device=torch.device("cpu"))
+        return box[0]
+    return x
+
+def by_first(work, *inputs):
+    """What work(*inputs) returns in the first process, which alone does it."""
+    return from_first(None if RANK else work(*inputs))
+
+def first_and_others(work, *inputs):
+    """What work(*inputs) returns. The first process does it; then the others, and find it done."""
+    found = None if RANK else work(*inputs)
+    from_first(None)
+    return work(*inputs) if RANK else found
+
+def add_up(tensors):
+    """Makes each tensor the sum of those of all processes, in place."""
+    if PROCESSES > 1:
+        for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+            work.wait()
+
+def part_of(batch):
+    """This process's part of a batch, and its share of what the batch asks: a mean over the batch
+    is the sum over the parts of share * mean."""
+    size, length = batch["input_ids"].shape
+    first, end = size * RANK // PROCESSES, size * (RANK + 1) // PROCESSES
+    part = {key: x if x is None else x[first:end] for key, x in batch.items()}
+    mine = (batch["places"] >= first * length) & (batch["places"] < end * length)
+    part |= {"places": batch["places"][mine] - first * length, "labels": batch["labels"][mine]}
+    asked, of_all = [(x["labels"] != -100).sum().item() for x in (part, batch)]
+    return (part, asked / of_all) if asked else (batch, 0.0)  # a mean over nothing is nan
 
 if __name__ == "__main__":
     main()
