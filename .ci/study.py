@@ -1,14 +1,16 @@
-"""The README's tables and figure, from the logs of runs alone:
+"""Writes the tables of .github/results.md and .github/study.svg, from the logs of runs alone:
 
     python .ci/study.py [FOLDER_OF_RUNS]          # the figure needs matplotlib
 
 What counts of a complete run is a line of .ci/study.jsonl; those of the folder are added to it. A
 number is the mean over seeds of the last evaluation on dev, with the sample standard deviation.
-A difference is paired by seed: its mean, with the 95 % interval of Student's t.
+A difference is paired by seed: its mean, with the 95 % interval of Student's t. A table replaces
+what stands between its markers, <!-- study: NAME --> and <!-- /study -->.
 """
 
 import itertools
 import json
+import re
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -17,7 +19,15 @@ from typing import NamedTuple
 import numpy as np
 
 RECORDS = Path(__file__).with_name("study.jsonl")
+RESULTS = Path(__file__).parents[1] / ".github/results.md"
 NAMES = {"sst2": "SST-2", "mrpc": "MRPC", "cola": "CoLA", "stsb": "STS-B"}
+TRAINED = {  # which weights a method trains; tables have its methods in this order
+    "finetune": "all", "smp-s": "none", "smp-l": "none", "global": "none", "threshold": "none",
+    "random": "none", "movement": "encoder", "soft-movement": "encoder", "lock": "encoder",
+    "magnitude": "encoder"}
+ASKED = [("smp-s", 50, "finetune"), ("smp-s", 90, "finetune"), ("smp-s", 90, "movement"),
+         ("movement", 90, "magnitude"), ("movement", 90, "lock"), ("smp-s", 90, "smp-l"),
+         ("smp-s", 97, "movement")]  # the differences in short
 LOOKS = {
     "finetune": ("#333333", "*"),
     "smp-s": ("#7a3fb0", "o"),
@@ -25,8 +35,10 @@ LOOKS = {
     "movement": ("#d07c1f", "^"),
     "magnitude": ("#5f5f58", "v"),
 }
-USUAL = {"lr": 2e-2, "pull": 1.0, "ramp": 0.5, "holdout": None}
+USUAL = {"lr": 2e-2, "pull": 1.0, "lam": None, "ramp": 0.5, "holdout": None}
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+
+# ---- Runs -----------------------------------------------------------------------------------
 
 class Row(NamedTuple):
     """What a row's runs have in common; they differ in their seeds."""
@@ -36,11 +48,6 @@ class Row(NamedTuple):
     steps: int
     method: str  # with what sets it apart
     removed: float  # in percent
-
-    @property
-    def length(self):
-        examples = f"{self.limit:,} × " if self.limit else ""
-        return f"{examples}{self.epochs} epochs, {self.steps:,} steps"
 
 def read_records():
     """{(Row, seed): record} of all runs in RECORDS."""
@@ -56,133 +63,146 @@ def add_runs(folder):
         lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
         settings, final = lines[0], lines[-1]
         if final["event"] == "final" and settings["task"] in NAMES:
-            row = Row(settings["task"], settings["limit"] or 0, settings["epochs"],
-                      settings["steps"], describe(settings),
-                      round(100 * final["last"]["sparsity"], 1))
             how = {name: settings[name] for name in ("seed", "torch", "device")}
+            last = final["last"]
+            row = Row(settings["task"], settings["limit"] or 0, settings["epochs"] or 0,
+                      settings["steps"], describe(settings), round(100 * last["sparsity"], 1))
             if (row, how["seed"]) in added:
                 raise SystemExit(f"error: {path}: a second run of seed {how['seed']} of {row}")
-            added[row, how["seed"]] = row._asdict() | how | {"metrics": metrics_of(final)}
+            metrics = {name: x for name, x in last["metrics"].items() if name != "score"}
+            added[row, how["seed"]] = row._asdict() | how | {"metrics": metrics}
     records = read_records() | added
     lines = [json.dumps(records[key]) + "\n" for key in sorted(records)]
     RECORDS.write_text("".join(lines), "utf-8")
 
-def read_runs():
-    """{Row: {seed: metrics}} of all runs in RECORDS."""
-    found = defaultdict(dict)
-    for (row, seed), record in read_records().items():
-        found[row][seed] = record["metrics"]
-    return dict(sorted(found.items()))
-
-def metrics_of(final):
-    return {name: value for name, value in final["last"]["metrics"].items() if name != "score"}
-
-def first(metrics):
-    """The metric that is compared and drawn."""
-    return next(iter(metrics.values()))
-
 def describe(settings):
-    """A method, and what sets a run of it apart."""
-    parts = [settings["method"]]
+    """A method, and what sets a run of it apart. A setting that has no effect is null."""
+    parts, sparsity = [settings["method"]], settings["sparsity"]
     if settings["teacher"]:
         parts.append(f"taught by {Path(settings['teacher']).parent.name}")
     if settings["init"] == "zero" and settings["scores_from"] == "learned":
         parts.append("zero start")
-    if settings.get("int8"):
+    if settings["int8"]:
         parts.append("8 bits")
-    dropout = 0.1 if settings["trains_weights"] else 0.2 if settings["sparsity"] <= 0.5 else 0.0
+    keeps_most = sparsity is not None and sparsity <= 0.5
+    dropout = 0.1 if settings["trains_weights"] else 0.2 if keeps_most else 0.0
     for name, usual in (USUAL | {"dropout": dropout}).items():
-        if settings.get(name) and settings[name] != usual:
+        if settings.get(name) not in (None, usual):
             parts.append(f"{name} {settings[name]:g}")
     return ", ".join(parts)
 
-def spread(values):
-    std = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.3f}{std}"
+# ---- Tables ---------------------------------------------------------------------------------
 
-def cell(seeds):
-    """Each metric of a row, and how many seeds it is from."""
-    names = next(iter(seeds.values()))
-    values = " / ".join(spread([metrics[name] for metrics in seeds.values()]) for name in names)
-    return f"{values} ({len(seeds)})"
+def table(heads, rows):
+    """In Markdown, without columns that are empty."""
+    full = [any(column) for column in zip(*rows, strict=True)]
+    lines = [list(itertools.compress(line, full)) for line in [heads, *rows]]
+    lines.insert(1, ["---"] * sum(full))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
-def usual_runs(found):
-    """{task: {(method, removed): seeds}} of each task's length that has the most runs."""
-    runs, usual = defaultdict(Counter), {}
-    for row, seeds in found.items():
-        runs[row.task][row.length] += len(seeds)
-    for task in sorted(runs, key=list(NAMES).index):
-        length = runs[task].most_common(1)[0][0]
-        usual[task] = {(row.method, row.removed): seeds for row, seeds in found.items()
-                       if (row.task, row.length) == (task, length)}
-        print(f"{NAMES[task]}: {length}")
-    return usual
+def mean(seeds):
+    """{seed: metrics} -> each metric's mean and spread, and from how many seeds."""
+    texts = []
+    for values in zip(*[metrics.values() for metrics in seeds.values()], strict=True):
+        std = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+        texts.append(f"{np.mean(values):.3f}{std}")
+    return f"{' / '.join(texts)} ({len(seeds)})" if seeds else ""
 
-def print_table(usual):
-    """Methods down, tasks across."""
-    print("\n| method | removed |" + "".join(f" {NAMES[task]} |" for task in usual))
-    print("|---|---|" + "---|" * len(usual))
-    for method, removed in sorted({which for rows in usual.values() for which in rows}):
-        cells = [cell(rows[method, removed]) if (method, removed) in rows else ""
-                 for rows in usual.values()]
-        print(f"| {method} | {removed:g} % | " + " | ".join(cells) + " |")
+def difference(ours, theirs):
+    """Two {seed: metrics} -> the difference of their first metrics, and from how many seeds."""
+    seeds = sorted(ours.keys() & theirs.keys())
+    if len(seeds) not in T95:
+        return ""
+    pairs = [[next(iter(one[seed].values())) for one in (ours, theirs)] for seed in seeds]
+    found = -np.diff(pairs)
+    half = T95[len(seeds)] * np.std(found, ddof=1) / np.sqrt(len(seeds))
+    return f"{np.mean(found):+.3f} ± {half:.3f} ({len(seeds)})".replace("-", "−")
 
-def print_other_lengths(found, usual):
-    print("\n| task | length | method | removed | dev |\n|---|---|---|---|---|")
-    for row, seeds in found.items():
-        if usual[row.task].get((row.method, row.removed)) is not seeds:
-            print(f"| {NAMES[row.task]} | {row.length} | {row.method} | {row.removed:g} % "
-                  f"| {cell(seeds)} |")
+def means_table(found, whats, lengths):
+    """whats: (method, removed) each."""
+    rows = [[method, f"{removed:g} %", TRAINED[method.split(",")[0]],
+             *[mean(found.get((*length, method, removed), {})) for length in lengths]]
+            for method, removed in whats]
+    rows = [row for row in rows if any(row[3:])]
+    return table(["method", "removed", "weights trained", *map(heading, lengths)], rows)
 
-def print_differences(found):
-    """Of any two rows of a length that remove as much, and of each one and dense fine-tuning."""
-    print("\n| task | length | difference | removed | mean | 95 % | n |\n" + "|---" * 7 + "|")
-    for (one, ours), (other, theirs) in itertools.permutations(found.items(), 2):
-        seeds = sorted(ours.keys() & theirs.keys())
-        comparable = other.method == "finetune" or (one.removed == other.removed and one < other)
-        if one[:4] != other[:4] or not comparable or len(seeds) not in T95:
-            continue
-        differences = [first(ours[seed]) - first(theirs[seed]) for seed in seeds]
-        half = T95[len(seeds)] * np.std(differences, ddof=1) / np.sqrt(len(seeds))
-        print(f"| {NAMES[one.task]} | {one.length} | {one.method} - {other.method} "
-              f"| {one.removed:g} % | {np.mean(differences):+.4f} | ± {half:.4f} | {len(seeds)} |")
+def lengths_table(found, whats, lengths):
+    """The same, lengths down and methods across."""
+    rows = [[f"{limit:,}" if limit else "all", f"{epochs}", f"{steps:,}",
+             *[mean(found.get((task, limit, epochs, steps, *what), {})) for what in whats]]
+            for task, limit, epochs, steps in lengths]
+    heads = [f"{method}, {removed:g} %" for method, removed in whats]
+    return table(["sentences", "epochs", "steps", *heads], rows)
+
+def differences_table(found, pairs, lengths):
+    """pairs: ((method, removed), (method, removed)) each."""
+    rows = [[f"{ours[0]} − {theirs[0]}", f"{ours[1]:g} %",
+             *[difference(found.get((*length, *ours), {}), found.get((*length, *theirs), {}))
+               for length in lengths]] for ours, theirs in pairs]
+    rows = [row for row in rows if any(row[2:])]
+    return table(["difference", "removed", *map(heading, lengths)], rows)
+
+def heading(length):
+    task, limit, epochs, _ = length
+    return f"{NAMES[task]}, " + (f"{limit:,} × " if limit else "") + f"{epochs} epochs"
+
+def all_tables(found, usual):
+    """{name: table}. `usual`: the length of each task that has the most runs."""
+    whats = sorted({row[4:] for row in found}, key=order)
+    lengths = sorted({row[:4] for row in found},
+                     key=lambda length: (list(NAMES).index(length[0]), length[1] or np.inf, length))
+    first = [length for length in lengths if length[0] == usual[0][0]]
+    five = [what for what in whats
+            if all(len(found.get((*length, *what), {})) == 5 for length in usual[:2])]
+    others = [row[4:] for row in found if row[:4] in first and row[:4] != usual[0]]
+    pairs = [(one, other) for one in whats for other in whats if one[0] != "finetune" and
+             (other[0] == "finetune" or one[1] == other[1] and order(one) < order(other))]
+    asked = [((ours, removed), (theirs, removed * (theirs != "finetune")))
+             for ours, removed, theirs in ASKED]
+    return {"short": means_table(found, five, usual[:2]),
+            "differences": differences_table(found, asked, usual[:2]),
+            "lengths": lengths_table(found, sorted(set(others), key=order), first),
+            "rows": means_table(found, whats, usual),
+            "all differences": differences_table(found, pairs, lengths)}
+
+def order(what):
+    method, removed = what
+    return list(TRAINED).index(method.split(",")[0]), removed, method
+
+# ---- The figure -----------------------------------------------------------------------------
 
 def plot(ax, points, method):
     """points: (x, seeds). Means, with bars of a standard deviation."""
     xs, all_seeds = zip(*sorted(points, key=lambda point: point[0]), strict=True)
-    values = [[first(metrics) for metrics in seeds.values()] for seeds in all_seeds]
+    values = [[next(iter(metrics.values())) for metrics in seeds.values()] for seeds in all_seeds]
     errors = [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values]
     colour, marker = LOOKS[method]
     ax.errorbar(xs, [np.mean(v) for v in values], errors, color=colour, marker=marker, capsize=3,
                 lw=1.5, label=method)
 
 def draw(found, usual, path):
-    """Of the first task: what is left at each sparsity and, if there are runs, what more epochs
-    bring."""
+    """Of the usual length's task: what is left at each sparsity, and what more epochs bring."""
     import matplotlib
     matplotlib.use("svg")
     matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
     matplotlib.rcParams["svg.hashsalt"] = "study"  # equal logs make an equal file
     from matplotlib import pyplot as plt
 
-    task = next(iter(usual))
     kept, epochs = defaultdict(list), defaultdict(list)
-    for (method, removed), seeds in usual[task].items():
-        kept[method].append((100 - removed, seeds))
-    limit = Counter(row.limit for row in found if row.task == task).most_common(1)[0][0]
     for row, seeds in found.items():
-        if (row.task, row.limit) == (task, limit) and row.removed in (0, 90):
+        if row[:4] == usual:
+            kept[row.method].append((100 - row.removed, seeds))
+        if row[:2] == usual[:2] and row.removed in (0, 90):
             epochs[row.method].append((row.epochs, seeds))
     epochs = {method: points for method, points in epochs.items() if len(points) > 2}
-    panels = [("weights kept, %", kept, (3, 10, 20, 50, 100)),
-              ("epochs, all weights or 10 %", epochs, (3, 6, 12, 24))]
-    panels = [panel for panel in panels if panel[1]]
-    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4), squeeze=False)
-    for (label, curves, ticks), ax in zip(panels, axes[0], strict=True):
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4))
+    for ax, label, curves, ticks in [
+            (axes[0], "weights kept, %", kept, (3, 10, 20, 50, 100)),
+            (axes[1], "epochs, all weights or 10 %", epochs, (3, 6, 12, 24))]:
         for method in LOOKS:
             if method in curves:
                 plot(ax, curves[method], method)
-        ax.set(title=NAMES[task], xlabel=label, ylabel="dev", xscale="log")
+        ax.set(title=NAMES[usual[0]], xlabel=label, ylabel="dev", xscale="log")
         ax.set_xticks(ticks, [str(tick) for tick in ticks])
         ax.minorticks_off()
         ax.grid(alpha=0.25)
@@ -193,12 +213,22 @@ def draw(found, usual, path):
 def main():
     if len(sys.argv) > 1:
         add_runs(sys.argv[1])
-    found = read_runs()
-    usual = usual_runs(found)
-    print_table(usual)
-    print_other_lengths(found, usual)
-    print_differences(found)
-    draw(found, usual, Path(__file__).parents[1] / ".github/study.svg")
+    found, runs = defaultdict(dict), Counter()
+    for (row, seed), record in sorted(read_records().items()):
+        found[row][seed] = record["metrics"]
+        runs[row[:4]] += 1
+    most = {length[0]: length for length, _ in reversed(runs.most_common())}
+    usual, text = [most[task] for task in NAMES if task in most], RESULTS.read_text("utf-8")
+    for name, made in all_tables(found, usual).items():
+        parts = re.split(f"(<!-- study: {name} -->\n).*?(<!-- /study -->)", text, flags=re.DOTALL)
+        if len(parts) != 4:
+            raise SystemExit(f"error: {RESULTS}: expected one <!-- study: {name} -->")
+        text = f"{parts[0]}{parts[1]}{made}\n{parts[2]}{parts[3]}"
+    RESULTS.write_text(text, "utf-8")
+    try:
+        draw(found, usual[0], RESULTS.with_name("study.svg"))
+    except ImportError:
+        print("there is no matplotlib: .github/study.svg is left as it was")
 
 if __name__ == "__main__":
     main()
