@@ -158,7 +158,7 @@ def kth_largest(stack, k):
     wide = torch.promote_types(stack.dtype, torch.float32)  # NumPy has no bfloat16
     found = []
     for row, count in zip(stack, k.clamp_min(1).tolist(), strict=True):
-        ranked = row.to(wide, copy=True).numpy()
+        ranked = row.detach().to(wide, copy=True).numpy()
         ranked.partition(-count)
         found.append([ranked[-count].item()])
     return stack.new_tensor(found)
