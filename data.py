@@ -349,12 +349,9 @@ def seed_of(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 def hide_words(batch, tokenizer, generator, rate=0.15, cls_word=False, everywhere=False):
-    """Masked language modelling: asks for a share of a batch's words, never for a special token. Of
-    the words asked for, 80 % become [MASK], 10 % a random token, 10 % stay.
-
-    `places` become the indices of K tokens among the B * T, `labels` (K,) what stood there.
-    `everywhere` adds the other tokens too, with label -100: a teacher is heard there. `cls_word`
-    asks [CLS] for a random word of its text: nothing else trains it, and the head reads there."""
+    """Asks for a share of a batch's words: 80 % of them become [MASK], 10 % a random token, 10 %
+    stay. `places` become the indices of K tokens among the B * T, `labels` (K,) what stood there.
+    `everywhere` adds the other tokens, with label -100, for a teacher to be heard there."""
     ids = batch["input_ids"]
     special = torch.tensor(special_ids(tokenizer))
     draw = torch.rand(ids.shape, generator=generator)
@@ -367,7 +364,7 @@ def hide_words(batch, tokenizer, generator, rate=0.15, cls_word=False, everywher
     hidden = ids.masked_fill(asked & (fate < 0.8), tokenizer.token_to_id("[MASK]"))
     hidden = torch.where(asked & (fate >= 0.9), random_ids, hidden)
     labels = ids.where(asked, -100)
-    if cls_word:
+    if cls_word:  # asks [CLS] for a word of its text: nothing else trains it, and the head reads it
         drawn = torch.rand(ids.shape, generator=generator) * (draw < 2)
         labels[:, 0] = ids.gather(1, drawn.argmax(1, keepdim=True))[:, 0]
     places = (mask if everywhere else labels >= 0).flatten().nonzero()[:, 0]
@@ -808,13 +805,11 @@ VERDICTS = ("it was {}", "overall it was {}", "simply {}", "what a {} film")
 SIZES = {"test": 1000, "dev": 1000, "train": 8000, "corpus": 16_000}
 
 def write_demo(folder, seed=0, sizes=SIZES):
-    """Writes a made-up task in SST-2's layout, folder/DEMO/{train,dev,test}.tsv, and what a BERT
-    learns its language from: corpus.txt, a text a line, and vocab.txt. Raises FileExistsError
-    rather than replace a file that is not the demo's.
-
-    No word tells alone: "hardly dull" is praise. The corpus has no labels, but each text ends in a
-    verdict, "... . overall it was great", so the label words occur where they belong. No sentence
-    of dev or test is in train or in the corpus."""
+    """Writes a made-up task in SST-2's layout, DEMO/{train,dev,test}.tsv, and what a BERT learns its
+    language from: corpus.txt and vocab.txt. Raises FileExistsError rather than replace a file that
+    is not the demo's."""
+    # No word tells alone: "hardly dull" is praise. The corpus has no labels, but each text ends in
+    # a verdict, "... . overall it was great". No sentence of dev or test is in train or the corpus.
     rng, held_out, files = random.Random(seed), set(), {}
     for split in ("test", "dev", "train"):
         reviews = []
