@@ -805,9 +805,9 @@ VERDICTS = ("it was {}", "overall it was {}", "simply {}", "what a {} film")
 SIZES = {"test": 1000, "dev": 1000, "train": 8000, "corpus": 16_000}
 
 def write_demo(folder, seed=0, sizes=SIZES):
-    """Writes a made-up task in SST-2's layout, DEMO/{train,dev,test}.tsv, and what a BERT learns its
-    language from: corpus.txt and vocab.txt. Raises FileExistsError rather than replace a file that
-    is not the demo's."""
+    """Writes a made-up task in SST-2's layout, DEMO/{train,dev,test}.tsv, and what a BERT learns
+    its language from: corpus.txt and vocab.txt. Raises FileExistsError rather than replace a file
+    that is not the demo's."""
     # No word tells alone: "hardly dull" is praise. The corpus has no labels, but each text ends in
     # a verdict, "... . overall it was great". No sentence of dev or test is in train or the corpus.
     rng, held_out, files = random.Random(seed), set(), {}
