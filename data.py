@@ -298,8 +298,9 @@ def batches(encoded, batch_size, generator=None):
     (B, T) or None where nothing is padded, labels (B,) or None, and places (B,): at which of the
     B * T tokens an answer is asked for, here each [CLS].
 
-    With a generator in random order, but neighbours in length share a batch: padding is wasted
-    work. Without one the longest come first, so what does not fit into memory fails at once."""
+    With a generator in random order, neighbours in length together. Without one the longest first.
+    """
+    # Padding is wasted work; and what does not fit into memory fails at once.
     lengths = np.array([len(ids) for ids in encoded.ids])
     if generator is None:
         order = np.argsort(-lengths, kind="stable")
