@@ -115,12 +115,12 @@ def read_split(task, data_dir, split, limit=None):
         fields = line.split("\t")
         if task.skip_short_lines and len(fields) < len(columns) and split == "train":
             continue
-        _check_fields(f"{path}, line {number}", fields, len(columns))
+        place = f"{path}, line {number}"
+        _check_fields(place, fields, len(columns))
         text = tuple(fields[place] for place in places)
         texts.append(text if len(text) > 1 else text[0])
         if not is_test:
-            label = fields[columns.index(task.label)]
-            labels.append(_parse_label(task, label, f"{path}, line {number}"))
+            labels.append(_parse_label(task, fields[columns.index(task.label)], place))
     if all(part[:1] == part[-1:] == '"' for text in texts for part in np.atleast_1d(text)):
         print(f"note        {path}: all texts are in quotes, as a spreadsheet writes them; they "
               "are read as they stand, since GLUE quotes nothing")
@@ -455,13 +455,14 @@ def save_packed(path, kind, tensors, header, pack=True):
     stored, shapes = {}, {}
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
-        flags, n = (tensor != 0).numpy(), tensor.numel()
-        is_mask, mostly_set = tensor.dtype == torch.bool, 2 * np.count_nonzero(flags) > n
-        if is_mask or (pack and not mostly_set and n <= LARGEST_MATRIX):
-            shapes[name] = list(tensor.shape)
-            rarer = "holes" if mostly_set else "places"
-            stored[f"{name}:{rarer}"] = torch.tensor(encode_gaps(~flags if mostly_set else flags))
-            tensor = tensor[tensor != 0]
+        is_mask, n = tensor.dtype == torch.bool, tensor.numel()
+        if is_mask or (pack and n <= LARGEST_MATRIX):
+            flags = tensor != 0
+            mostly_set = 2 * flags.count_nonzero() > n
+            if is_mask or not mostly_set:
+                rarer, of_them = ("holes", ~flags) if mostly_set else ("places", flags)
+                stored[f"{name}:{rarer}"] = torch.tensor(encode_gaps(of_them.numpy()))
+                shapes[name], tensor = list(tensor.shape), tensor[flags]
         if not is_mask:
             stored[name] = tensor
     check_sizes(shapes)
