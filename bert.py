@@ -8,8 +8,8 @@ for a few *label words* in place of its whole vocabulary: a review is positive i
 would rather write "great" than "terrible" at its [CLS].
 
 A checkpoint is a folder in the Hugging Face layout: config.json, model.safetensors, and the
-vocabulary, which data.py reads. NAMES and TIED translate between their tensor names and ours. A
-tensor that is neither in them nor in DROPPED is refused.
+vocabulary, which data.py reads. NAMES and TIED translate between their tensor names and ours, for
+BERT and for DistilBERT, which has no segments. A tensor in none of the tables is refused.
 
 Letters: B batch, T tokens, C label words. Q K V O U D are the six matrices of a layer.
 """
@@ -28,8 +28,8 @@ from torch import nn
 
 @dataclasses.dataclass
 class Config:
-    """The sizes of a BERT, under the keys that config.json has for them. The defaults are those
-    of bert-base-uncased."""
+    """The sizes of a BERT, under the keys that its config.json has for them. The defaults are those
+    of bert-base-uncased. Without segments, type_vocab_size 0, it is a DistilBERT."""
     vocab_size: int = 30522
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -41,6 +41,10 @@ class Config:
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
 
+    @property
+    def model_type(self):
+        return "bert" if self.type_vocab_size else "distilbert"
+
 class Embeddings(nn.Module):
     """Token + position + segment, each a learned table, summed and normalised."""
 
@@ -48,13 +52,17 @@ class Embeddings(nn.Module):
         super().__init__()
         self.word = nn.Embedding(c.vocab_size, c.hidden_size)
         self.position = nn.Embedding(c.max_position_embeddings, c.hidden_size)
-        self.token_type = nn.Embedding(c.type_vocab_size, c.hidden_size)
+        self.token_type = None
+        if c.type_vocab_size:
+            self.token_type = nn.Embedding(c.type_vocab_size, c.hidden_size)
         self.norm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
         self.dropout = nn.Dropout(c.hidden_dropout_prob)
 
     def forward(self, input_ids, token_type_ids):  # (B, T), (B, T)
         position = torch.arange(input_ids.shape[1], device=input_ids.device)
-        x = self.word(input_ids) + self.position(position) + self.token_type(token_type_ids)
+        x = self.word(input_ids) + self.position(position)
+        if self.token_type is not None:
+            x = x + self.token_type(token_type_ids)
         return self.dropout(self.norm(x))  # (B, T, hidden)
 
 class Layer(nn.Module):
@@ -99,18 +107,31 @@ class MLMHead(nn.Module):
     def forward(self, hidden):  # (..., hidden) -> (..., hidden)
         return self.norm(F.gelu(self.dense(hidden)))
 
+class Classifier(nn.Module):
+    """The head of an ordinary classifier, which a teacher may have."""
+
+    def __init__(self, c, n_classes):
+        super().__init__()
+        self.dense = nn.Linear(c.hidden_size, c.hidden_size)
+        self.activation = torch.tanh if c.model_type == "bert" else F.relu
+        self.classes = nn.Linear(c.hidden_size, n_classes)
+
+    def forward(self, hidden, class_ids=slice(None)):  # (..., hidden) -> (..., classes)
+        return self.classes(self.activation(self.dense(hidden)))[..., class_ids]
+
 class Bert(nn.Module):
     """A BERT of any size, its weights drawn from a normal distribution.
 
     With mlm_head=False (sentence encoders ship without one) the logits of words are the plain
     product of the hidden state with their embeddings."""
 
-    def __init__(self, config, mlm_head=True):
+    def __init__(self, config, mlm_head=True, n_classes=0):
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.mlm = MLMHead(config) if mlm_head else None
+        self.classifier = Classifier(config, n_classes) if n_classes else None
         for m in self.modules():
             if isinstance(m, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(m.weight, std=0.02)
@@ -154,62 +175,90 @@ class Bert(nn.Module):
 # ---- Checkpoints ----------------------------------------------------------------------------
 
 # Hugging Face's module -> ours, "*" a layer's number. Read left to right to load, right to left
-# to save. `cls.predictions.bias` is `mlm.bias`.
+# to save. `cls.predictions.bias` is `mlm.bias`. The encoder's names may begin with `bert.` or
+# `distilbert.`, as ours do when they are saved.
 NAMES = {
-    "bert.embeddings.word_embeddings":              "embeddings.word",
-    "bert.embeddings.position_embeddings":          "embeddings.position",
-    "bert.embeddings.token_type_embeddings":        "embeddings.token_type",
-    "bert.embeddings.LayerNorm":                    "embeddings.norm",
-    "bert.encoder.layer.*.attention.self.query":    "layers.*.Q",
-    "bert.encoder.layer.*.attention.self.key":      "layers.*.K",
-    "bert.encoder.layer.*.attention.self.value":    "layers.*.V",
-    "bert.encoder.layer.*.attention.output.dense":  "layers.*.O",
-    "bert.encoder.layer.*.intermediate.dense":      "layers.*.U",
-    "bert.encoder.layer.*.output.dense":            "layers.*.D",
-    "bert.encoder.layer.*.attention.output.LayerNorm": "layers.*.attention_norm",
-    "bert.encoder.layer.*.output.LayerNorm":        "layers.*.output_norm",
-    "cls.predictions.transform.dense":              "mlm.dense",
-    "cls.predictions.transform.LayerNorm":          "mlm.norm",
-    "cls.predictions":                              "mlm",
+    "bert": {
+        "embeddings.word_embeddings":               "embeddings.word",
+        "embeddings.position_embeddings":           "embeddings.position",
+        "embeddings.token_type_embeddings":         "embeddings.token_type",
+        "embeddings.LayerNorm":                     "embeddings.norm",
+        "encoder.layer.*.attention.self.query":     "layers.*.Q",
+        "encoder.layer.*.attention.self.key":       "layers.*.K",
+        "encoder.layer.*.attention.self.value":     "layers.*.V",
+        "encoder.layer.*.attention.output.dense":   "layers.*.O",
+        "encoder.layer.*.intermediate.dense":       "layers.*.U",
+        "encoder.layer.*.output.dense":             "layers.*.D",
+        "encoder.layer.*.attention.output.LayerNorm": "layers.*.attention_norm",
+        "encoder.layer.*.output.LayerNorm":         "layers.*.output_norm",
+        "cls.predictions.transform.dense":          "mlm.dense",
+        "cls.predictions.transform.LayerNorm":      "mlm.norm",
+        "cls.predictions":                          "mlm",
+        "pooler.dense":                             "classifier.dense",
+        "classifier":                               "classifier.classes",
+    },
+    "distilbert": {
+        "embeddings.word_embeddings":               "embeddings.word",
+        "embeddings.position_embeddings":           "embeddings.position",
+        "embeddings.LayerNorm":                     "embeddings.norm",
+        "transformer.layer.*.attention.q_lin":      "layers.*.Q",
+        "transformer.layer.*.attention.k_lin":      "layers.*.K",
+        "transformer.layer.*.attention.v_lin":      "layers.*.V",
+        "transformer.layer.*.attention.out_lin":    "layers.*.O",
+        "transformer.layer.*.ffn.lin1":             "layers.*.U",
+        "transformer.layer.*.ffn.lin2":             "layers.*.D",
+        "transformer.layer.*.sa_layer_norm":        "layers.*.attention_norm",
+        "transformer.layer.*.output_layer_norm":    "layers.*.output_norm",
+        "vocab_transform":                          "mlm.dense",
+        "vocab_layer_norm":                         "mlm.norm",
+        "vocab_projector":                          "mlm",
+        "pre_classifier":                           "classifier.dense",
+        "classifier":                               "classifier.classes",
+    },
 }
 # Second copies of a tensor that some exports store. They must equal the first copy.
 TIED = {
     "cls.predictions.decoder.weight": "embeddings.word.weight",
     "cls.predictions.decoder.bias":   "mlm.bias",
+    "vocab_projector.weight":         "embeddings.word.weight",
 }
-# What a BERT file may hold and nothing here needs: a buffer that counts 0, 1, 2, ..., and the two
-# heads of next-sentence prediction.
-DROPPED = ("bert.embeddings.position_ids", "bert.pooler.dense.weight", "bert.pooler.dense.bias",
-           "cls.seq_relationship.weight", "cls.seq_relationship.bias")
+# What a file may hold and nothing here needs: a buffer that counts 0, 1, 2, ..., and the head of
+# next-sentence prediction. (Its other head, the pooler, only a classifier needs.)
+DROPPED = ("embeddings.position_ids", "cls.seq_relationship.weight", "cls.seq_relationship.bias")
 # What a config.json may say beside the sizes, and the one value of each that this code computes.
-FIXED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute",
+FIXED = {"hidden_act": "gelu", "activation": "gelu", "position_embedding_type": "absolute",
          "is_decoder": False, "add_cross_attention": False, "tie_word_embeddings": True,
          "quantization_config": None}
+# Config's field -> DistilBERT's key, where that is another than BERT's.
+DISTILBERT_KEYS = {
+    "hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
+    "intermediate_size": "hidden_dim", "hidden_dropout_prob": "dropout",
+    "attention_probs_dropout_prob": "attention_dropout"}
 
 def _rename(name, table):
     """A tensor's name through a table of modules, None if unknown:
-    `bert.encoder.layer.3.attention.self.query.bias` <-> `layers.3.Q.bias`
-    `bert.embeddings.LayerNorm.bias` <-> `embeddings.norm.bias`"""
+    `encoder.layer.3.attention.self.query.bias` <-> `layers.3.Q.bias`
+    `embeddings.LayerNorm.bias` <-> `embeddings.norm.bias`"""
     module, _, parameter = name.rpartition(".")
     number = next((part for part in module.split(".") if part.isdigit()), "*")
     target = table.get(module.replace(f".{number}.", ".*."))
     return f"{target.replace('*', number)}.{parameter}" if target else None
 
-def our_name(name):
+def our_name(name, model_type="bert"):
     """A checkpoint's tensor name in any spelling -> ours, "dropped" or, if it is unknown, None.
-    `encoder.layer.0.output.LayerNorm.gamma` -> `layers.0.output_norm.weight`"""
-    if name.startswith(("embeddings.", "encoder.", "pooler.")):
-        name = "bert." + name
+    `bert.encoder.layer.0.output.LayerNorm.gamma` -> `layers.0.output_norm.weight`"""
+    name = name.removeprefix(f"{model_type}.")
     if name in TIED:
         return TIED[name]
-    name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
-    name = name.replace("LayerNorm.beta", "LayerNorm.bias")
-    return "dropped" if name in DROPPED else _rename(name, NAMES)
+    name = name.replace("orm.gamma", "orm.weight").replace("orm.beta", "orm.bias")
+    return "dropped" if name in DROPPED else _rename(name, NAMES[model_type])
 
-def hf_name(name):
+def hf_name(name, model_type="bert"):
     """Our tensor name -> Hugging Face's: `layers.3.Q.weight` ->
     `bert.encoder.layer.3.attention.self.query.weight`"""
-    return _rename(name, {ours: theirs for theirs, ours in NAMES.items()})
+    found = _rename(name, {ours: theirs for theirs, ours in NAMES[model_type].items()})
+    is_head = name.startswith(("mlm.", "classifier."))
+    return found if is_head or found is None else f"{model_type}.{found}"
 
 def find_pretrained(name):
     """The local folder of a model: `name` itself if it is a folder, else that repository of the
@@ -251,35 +300,41 @@ def read_config(path):
         raw = json.loads(Path(path).read_text("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}); expected a model's config") from None
-    if not isinstance(raw, dict) or "model_type" not in raw:
-        raise ValueError(f'{path}: key model_type is missing; expected "bert"')
+    found = raw.get("model_type") if isinstance(raw, dict) else None
+    if found not in list(NAMES):
+        raise ValueError(f"{path}: model_type is {found!r}; expected {' or '.join(NAMES)}")
     for key, value in FIXED.items():
         if raw.get(key, value) != value:
             raise ValueError(f"{path}: {key} is {raw[key]!r}; this code implements only {value!r}")
-    fields = {field.name: _config_value(path, raw, field) for field in dataclasses.fields(Config)}
+    keys = DISTILBERT_KEYS if found == "distilbert" else {}
+    fields = {field.name: _config_value(path, raw, keys.get(field.name, field.name), field)
+              for field in dataclasses.fields(Config)}
+    if keys:
+        fields["type_vocab_size"] = 0
     if fields["hidden_size"] % fields["num_attention_heads"]:
         raise ValueError(f"{path}: hidden_size {fields['hidden_size']} is no multiple of "
                          f"num_attention_heads {fields['num_attention_heads']}")
     return Config(**fields)
 
-def _config_value(path, raw, field):
+def _config_value(path, raw, key, field):
     # Old configs leave out what was then a constant; a size that is missing is an error.
     optional = field.type is float or field.name == "type_vocab_size"
-    value = raw.get(field.name, field.default if optional else None)
+    value = raw.get(key, field.default if optional else None)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if field.type is float and is_number and 0 <= value < 1:
         return float(value)
     if field.type is int and is_number and 1 <= value <= LARGEST_SIZE and value == int(value):
         return int(value)
     expected = f"an integer from 1 to {LARGEST_SIZE:,}" if field.type is int else "one in [0, 1)"
-    raise ValueError(f"{path}: {field.name} is {value!r}; expected {expected}")
+    raise ValueError(f"{path}: {key} is {value!r}; expected {expected}")
 
-def load_pretrained(folder):
+def load_pretrained(folder, classifier=False):
     """A folder with config.json and model.safetensors -> Bert, float32, in eval mode.
 
     Takes names with and without `bert.`, LayerNorm as gamma/beta or weight/bias, the decoder stored
-    or tied, the MLM head there or not. Raises FileNotFoundError for a missing file, ValueError
-    naming a tensor that is missing, surplus, of another shape or kind, or not finite."""
+    or tied, the MLM head there or not; an ordinary classifier only if asked. Raises
+    FileNotFoundError for a missing file, ValueError naming a tensor that is missing, surplus, of
+    another shape or kind, or not finite."""
     path = Path(folder) / "model.safetensors"
     config = read_config(path.with_name("config.json"))
     _check_exists(path)
@@ -287,11 +342,16 @@ def load_pretrained(folder):
         stored = load_file(path)
     except Exception as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error}); get it again") from None
+    if "classifier.weight" in stored and not classifier:
+        raise ValueError(f"{path}: an ordinary classifier; expected a model with an MLM head, or "
+                         "without any head")
     state, found_as = {}, {}
     for name, tensor in stored.items():
-        ours = our_name(name)
+        ours = our_name(name, config.model_type)
+        if ours and ours.startswith("classifier.dense.") and "classifier.weight" not in stored:
+            ours = "dropped"  # a pooler
         if ours is None:
-            raise ValueError(f"{path}: tensor {name} has no place in a BERT with an MLM head")
+            raise ValueError(f"{path}: tensor {name} has no place in a {config.model_type}")
         if ours in state and not torch.equal(state[ours].float(), tensor.float()):
             raise ValueError(f"{path}: tensors {found_as[ours]} and {name} are two copies of one, "
                              "since the decoder is tied to the embeddings, but they differ")
@@ -307,8 +367,9 @@ def build(config, state, path):
     if config.num_hidden_layers > len(held):
         raise ValueError(f"{path}: holds {len(held)} layers; config.json says num_hidden_layers "
                          f"{config.num_hidden_layers}")
+    classes = state.get("classifier.classes.bias", [])
     with torch.device("meta"):  # the shapes, without the memory or the time for random weights
-        model = Bert(config, mlm_head=any(name.startswith("mlm.") for name in state))
+        model = Bert(config, any(name.startswith("mlm.") for name in state), len(classes))
     expected = model.state_dict()
     for name in {**expected, **state}:
         tensor, problem = state.get(name), None
@@ -326,7 +387,8 @@ def build(config, state, path):
         elif not tensor.isfinite().all():
             problem = "holds nan or inf; the file is damaged"
         if problem:
-            raise ValueError(f"{path}: tensor {hf_name(name) or name} {problem}")
+            name = hf_name(name, config.model_type) or name
+            raise ValueError(f"{path}: tensor {name} {problem}")
     model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     return model.eval()
 
@@ -335,14 +397,18 @@ def save_pretrained(model, folder, whole=contextlib.nullcontext):
     under the names that Hugging Face's BertForMaskedLM (BertModel without an MLM head) reads.
     `whole(path)` is a context that gives the name to write to."""
     save_config(model, folder, whole)
-    state = {hf_name(name): tensor.detach().cpu().contiguous()
+    state = {hf_name(name, model.config.model_type): tensor.detach().cpu().contiguous()
              for name, tensor in model.state_dict().items()}
     with whole(Path(folder) / "model.safetensors") as path:
         save_file(state, path, metadata={"format": "pt"})
 
 def save_config(model, folder, whole=contextlib.nullcontext):
     Path(folder).mkdir(parents=True, exist_ok=True)
-    config = dataclasses.asdict(model.config) | {"model_type": "bert", "hidden_act": "gelu"}
-    config["architectures"] = ["BertModel" if model.mlm is None else "BertForMaskedLM"]
+    kind, config = model.config.model_type, dataclasses.asdict(model.config)
+    keys, name = ({}, "Bert") if kind == "bert" else (DISTILBERT_KEYS, "DistilBert")
+    config = {keys.get(field, field): value for field, value in config.items()
+              if field != "type_vocab_size" or value}
+    name += "Model" if model.mlm is None else "ForMaskedLM"
+    config |= {"model_type": kind, "hidden_act": "gelu", "architectures": [name]}
     with whole(Path(folder) / "config.json") as path:
         path.write_text(json.dumps(config, indent=2) + "\n", "utf-8")

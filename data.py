@@ -1,6 +1,7 @@
 """Data: GLUE from its TSV files, batches, metrics, and the files that a run leaves.
 
-TASKS holds all that differs between the tasks. A task becomes texts (read_split), texts become
+TASKS holds all that differs between the tasks; a task.json adds one of your own (find_task). A
+task becomes texts (read_split), texts become
 token ids (encode), ids become batches of about equal length (batches), and logits become the
 numbers that GLUE reports (evaluate_metrics). Then come the container of masks, small models and
 checkpoints, the downloads, what makes files and the terminal safe, and the demo's language.
@@ -10,6 +11,8 @@ Letters: N examples, B batch, T tokens of the longest member of a batch, C class
 """
 
 import contextlib
+import csv
+import difflib
 import hashlib
 import http.client
 import itertools
@@ -17,6 +20,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -38,19 +42,21 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Task:
-    """One row of the table. A regression has one label word and no labels; masked language
-    modelling (MLM) asks for any word, and its texts are a file of their own."""
+    """One row of the table, or a task.json. A regression has one label word and no labels; masked
+    language modelling (MLM) asks for any word, and its texts are a file of their own."""
     folder: str                     # below --data
     text: tuple                     # the column or the two columns of the text
     label: str                      # the column of the label
     labels: tuple                   # as they stand in the file, in the order of the classes
     words: tuple                    # the label word of each class
     metrics: tuple
+    range: tuple = (0, 5)           # of the numbers of a regression
     dev: tuple = ("dev",)           # names of the dev files
     test: tuple = ("test",)
     columns: tuple = ()             # of train and dev where they have no header
     archive: str = ""               # its zip below GLUE_URL/glue/data/
     skip_short_lines: bool = False  # QQP's train file has a few
+    home: str = "glue"              # the folder of its folder: what --data usually is
 
     @property
     def regression(self):
@@ -84,35 +90,76 @@ TASKS = {
     "wnli": Task("WNLI", ("sentence1", "sentence2"), "label", ("0", "1"), ("No", "Yes"),
                  ("accuracy",), archive="WNLI"),
     "demo": Task("DEMO", ("sentence",), "label", ("0", "1"), ("terrible", "great"),
-                 ("accuracy",)),
+                 ("accuracy",), home="demo"),
     "mlm": Task("", (), "", (), (), ("accuracy", "perplexity"), test=()),  # computed by train.py
 }
+
+BUILT_IN = tuple(TASKS)
+
+def find_task(name):
+    """A name in TASKS, or the path of a task.json, which becomes a row there -> its name, that of
+    its folder. Raises FileNotFoundError, and ValueError naming the field."""
+    path = Path(name)
+    if name in TASKS:
+        return name
+    expect(path.suffix == ".json" and path.is_file(), f"{name}: no such task; expected a task.json,"
+           f" or one of {', '.join(BUILT_IN)}", FileNotFoundError)
+    fields, folder = read_json(path), path.resolve().parent
+    with reading(path, "a task"):
+        return add_task(fields | {"folder": folder.name, "home": str(folder.parent)})
+
+def add_task(fields):
+    """What a task.json, or a mask, says of a task becomes a row of TASKS -> its name. ValueError.
+    """
+    task = Task(**{"labels": ()} | {name: tuple(x) if isinstance(x, list) else x
+                                    for name, x in fields.items()})
+    for name in ("text", "labels", "words", "metrics", "dev", "test", "columns"):
+        x = getattr(task, name)
+        expect(isinstance(x, tuple) and {*map(type, x)} <= {str},
+               f"{name}: expected a list of strings")
+    n, name = len(task.words), task.folder
+    metrics = ["pearson", "spearman"] if task.regression else ["accuracy", "f1", "matthews"]
+    metrics = metrics[:1] if n > 2 else metrics
+    for field, fine, expected in [
+            ("folder", re.fullmatch(r"\w[\w.-]*", name) and name not in BUILT_IN,
+             "a plain name that is none of those here"),
+            ("text", 1 <= len(task.text) <= 2, "one column, or two"),
+            ("label", isinstance(task.label, str), "a column"),
+            ("labels", len(set(task.labels)) == len(task.labels) != 1, "two or more, or none"),
+            ("words", len(set(task.words)) == n == max(len(task.labels), 1), "one of its own for "
+             "each label, one for a regression"),
+            ("metrics", task.metrics and {*task.metrics} <= {*metrics}, ", ".join(metrics)),
+            ("range", {*map(type, task.range)} <= {int, float} and len(task.range) == 2
+             and -1e6 < task.range[0] < task.range[1] < 1e6, "the least number, the largest")]:
+        expect(fine, f"{field}: expected {expected}")
+    TASKS[name] = task
+    return name
 
 # ---- TSV files ------------------------------------------------------------------------------
 
 LONGEST_FIELD = 100_000  # characters; GLUE's longest has about 2,000
 
 def read_split(task, data_dir, split, limit=None):
-    """One file of a task -> (texts, labels): N strings or pairs; class numbers int64 (N,), for a
-    regression float32 (N,), for a test file None.
+    """One file of a task, .tsv or else .csv -> (texts, labels): N strings or pairs; class numbers
+    int64 (N,), for a regression float32 (N,), for a test file None.
 
     `split` is "train" or a name from task.dev or task.test; `limit` keeps the first so many lines.
     Raises ValueError with file and line for what cannot be read."""
     path = Path(data_dir) / task.folder / f"{split}.tsv"
-    expect(path.is_file(), f"{path}: no such file; expected GLUE's folder {task.folder} there (see "
-           "--data)", FileNotFoundError)
-    lines, is_test = read_lines(path), split in task.test
-    columns, first_line = task.columns, 1
+    if not path.is_file() and path.with_suffix(".csv").is_file():
+        path = path.with_suffix(".csv")
+    expect(path.is_file(), f"{path}: no such file; expected the folder {task.folder} of the task "
+           "there (see --data)", FileNotFoundError)
+    rows, is_test, columns = read_rows(path), split in task.test, task.columns
     if is_test or not columns:
-        columns, first_line = lines.pop(0).split("\t"), 2
+        _, columns = next(rows, (1, []))
     wanted = task.text if is_test else (*task.text, task.label)
     for column in wanted:
         expect(column in columns, f"{path}, line 1: no column {column!r} in the header; expected "
-               f"{', '.join(wanted)}, found {printable(columns, 120)}")
+               f"{', '.join(wanted)}, found {printable(', '.join(columns), 120)}")
     places = [columns.index(column) for column in task.text]
     texts, labels = [], []
-    for number, line in enumerate(lines[:limit], start=first_line):
-        fields = line.split("\t")
+    for number, fields in itertools.islice(rows, limit):
         if task.skip_short_lines and len(fields) < len(columns) and split == "train":
             continue
         place = f"{path}, line {number}"
@@ -155,6 +202,18 @@ def read_corpus(path):
     held_out = math.ceil(len(texts) / 20)
     return {"train": texts[:-held_out], "dev": texts[-held_out:]}
 
+def read_rows(path):
+    """Yields (line number, fields) of each line of a .tsv, each record of a .csv."""
+    lines = read_lines(path)
+    if path.suffix == ".tsv":
+        yield from ((number, line.split("\t")) for number, line in enumerate(lines, start=1))
+        return
+    reader = csv.reader((f"{line}\n" for line in lines), strict=True)
+    try:
+        yield from ((reader.line_num, fields) for fields in reader if fields)
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}; mend its quotes") from None
+
 def read_lines(path):
     """The lines of a UTF-8 file. Only a line feed ends one: other software has more line ends."""
     try:
@@ -177,10 +236,12 @@ def _parse_label(task, string, place):
         expect(string in task.labels, f"{place}: label {string[:50]!r} is unknown; expected one of "
                f"{', '.join(task.labels)}")
         return task.labels.index(string)
+    smallest, largest = task.range
     with contextlib.suppress(ValueError):
-        if 0 <= float(string) <= 5:  # not so for nan
+        if smallest <= float(string) <= largest:  # not so for nan
             return float(string)
-    raise ValueError(f"{place}: score {printable(string, 50)!r}; expected a number from 0 to 5")
+    raise ValueError(f"{place}: score {printable(string, 50)!r}; expected a number from {smallest} "
+                     f"to {largest}")
 
 # ---- Tokens and batches ---------------------------------------------------------------------
 
@@ -241,17 +302,32 @@ def load_tokenizer(folder):
                f"of {path.name}; make a tokenizer.json of both with transformers")
     return tokenizer
 
-def label_ids(tokenizer, words):
+def label_ids(tokenizer, words, source="task"):
     """The token id of each label word (C,), lower-cased where the vocabulary is. Raises ValueError
     for one that is not a single token."""
-    ids = []
+    ids, unknown = [], tokenizer.token_to_id("[UNK]")
     for word in words:
         found = tokenizer.encode(word, add_special_tokens=False).ids
-        expect(len(found) == 1 and found[0] != tokenizer.token_to_id("[UNK]"),
-               f"label word {word!r} is not one token of the model's vocabulary (tokenizer.json or "
-               "vocab.txt)")
+        if len(found) != 1 or found[0] == unknown:
+            near = difflib.get_close_matches(word.lower(), tokenizer.get_vocab())
+            raise ValueError(f"{source}: words: {word!r} is not one token of the model's "
+                             f"vocabulary; near it are {', '.join(near) or 'none'}")
         ids += found
     return torch.tensor(ids)
+
+def class_order(folder, task, n):
+    """Where the task's classes stand among the n of an ordinary classifier (C,): by the names that
+    id2label in its config.json has for them, or by their numbers in LABEL_0 and the like."""
+    path, numbered = Path(folder) / "config.json", [f"LABEL_{i}" for i in range(n)]
+    with reading(path, "a classifier for this task"):
+        found = read_json(path).get("id2label") or dict(enumerate(numbered))
+        names = [str(found.get(str(i), numbered[i])).lower() for i in range(n)]
+        for labels in (task.labels, numbered):
+            wanted = [label.lower() for label in labels]
+            if sorted(wanted) == sorted(names) and n == len(task.words):
+                return torch.tensor([names.index(label) for label in wanted])
+        raise ValueError(f"id2label has the classes {', '.join(names)}; expected "
+                         f"{', '.join(task.labels or numbered[:1])}, or LABEL_0 and so on")
 
 @dataclass
 class Encoded:
@@ -397,10 +473,8 @@ def f1(predicted, true):
 
 def pearson(predicted, true):
     """The linear correlation, in [-1, 1]; 0 where one side is constant."""
-    p = predicted - np.mean(predicted, dtype=np.float64)
-    t = true - np.mean(true, dtype=np.float64)
-    norms = np.sqrt(np.sum(p * p)) * np.sqrt(np.sum(t * t))
-    return float(np.sum(p * t) / norms) if norms > 0 else 0.0
+    constant = np.ptp(predicted) == 0 or np.ptp(true) == 0
+    return 0.0 if constant else float(np.corrcoef(predicted, true)[0, 1])
 
 def spearman(predicted, true):
     """Pearson's of the ranks; equal values share the mean of their ranks."""
@@ -425,9 +499,9 @@ def prediction_name(task, split):
 
 def write_predictions(path, task, logits):
     """Logits (N, C) of a test file -> the file that the GLUE site takes: index and prediction,
-    labels as in the train file, for STS-B a number from 0 to 5."""
+    labels as in the train file, of a regression a number in its range."""
     if task.regression:
-        predicted = [f"{score:.3f}" for score in logits[:, 0].clip(0, 5)]
+        predicted = [f"{score:.3f}" for score in logits[:, 0].clip(*task.range)]
     else:
         predicted = [task.labels[i] for i in logits.argmax(1)]
     lines = ["index\tprediction", *(f"{i}\t{p}" for i, p in enumerate(predicted))]
@@ -581,7 +655,10 @@ def _download(url, path):
             size = int(response.headers.get("Content-Length") or 0)
             name = url.rpartition("/")[2]
             with progress_bar(name, size or None, unit="B", unit_scale=True) as bar:
-                _copy(response, file, url, bar)
+                while chunk := response.read(1 << 16):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+                    expect(bar.n <= LARGEST, "larger than anything in GLUE")
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise OSError(f"{url}: cannot be fetched ({error}); without a network, put GLUE's TSV "
                       "folders into --data") from None
@@ -590,15 +667,6 @@ def _download(url, path):
            OSError)
     return path
 
-def _copy(source, target, name, bar=None):
-    copied = 0
-    while chunk := source.read(1 << 16):
-        target.write(chunk)
-        copied += len(chunk)
-        expect(copied <= LARGEST, f"{name} is larger than anything in GLUE")
-        if bar is not None:
-            bar.update(len(chunk))
-
 def _unpack(archive, task, folder):
     """Takes the files of a task, and no others, out of a zip."""
     with reading(archive.name, "GLUE's archive of the task; try again"):
@@ -606,8 +674,9 @@ def _unpack(archive, task, folder):
             for split in ("train", *task.dev, *task.test):
                 name = f"{task.folder}/{split}.tsv"
                 expect(name in z.namelist(), f"no {name} in it")
+                expect(z.getinfo(name).file_size <= LARGEST, f"{name} is larger than any in GLUE")
                 with z.open(name) as source, open(folder / f"{split}.tsv", "wb") as target:
-                    _copy(source, target, name)
+                    shutil.copyfileobj(source, target)
 
 def _build_mrpc(base, folder):
     """MRPC has no archive: the rows of Microsoft's train file whose pair of ids stands in GLUE's

@@ -167,11 +167,21 @@ def kth_largest(stack, k):
         return np.stack([np.partition(row, -n)[[-n]] for row, n in zip(stack, k, strict=True)])
     return stack.sort(1, descending=True).values.gather(1, k[:, None] - 1)
 
+def two_of_four(scores):
+    """The bool mask of the two largest of each four neighbours in a row, the first of equals first.
+    Scores (out, in), in a multiple of 4. It is the pattern that NVIDIA's sparse cores take."""
+    four, kept = scores.detach().unflatten(-1, (-1, 4)).unbind(-1), []
+    for i, one in enumerate(four):
+        before = [other >= one if j < i else other > one for j, other in enumerate(four) if j != i]
+        kept.append(sum(larger.view(torch.uint8) for larger in before) < 2)
+    return torch.stack(kept, -1).flatten(-2)
+
 RULES = {  # Table 3: S, L, G, T
     "smp-s": "the matrices of a type in proportion to R(S)",
     "smp-l": "each matrix the same fraction",
     "global": "one threshold over all matrices",
     "threshold": "whatever has sigmoid(S) > tau; the regulariser sets the sparsity",
+    "2:4": "two of each four neighbours, whatever the sparsity (not in the paper)",
 }
 
 @torch.no_grad()
@@ -184,6 +194,8 @@ def keep_counts(scores, sparsity, rule="smp-s", tau=0.1):
     total = round(keep * sum(s.numel() for s in matrices))
     if rule == "threshold":
         counts = [threshold_mask(s, tau).count_nonzero() for s in matrices]
+    elif rule == "2:4":
+        counts = torch.tensor([s.numel() // 2 for s in matrices])
     elif rule == "global":
         everything = torch.cat([s.flatten() for s in matrices])[None]
         mask = largest(everything, torch.full((1,), total, device=everything.device))[0]
@@ -245,6 +257,10 @@ def choose_masks(layers, sparsity, rule="smp-s", tau=0.1):
     """Sets the mask of each of {name: MaskedLinear}: the largest of its scores, as many as its
     count. A nan is never kept, and no error: to look for one would make the host wait."""
     scores = {name: layer.scores for name, layer in layers.items()}
+    if rule == "2:4":
+        for name, s in scores.items():
+            layers[name].mask = two_of_four(s)
+        return
     counts, groups = keep_counts(scores, sparsity, rule, tau), {}
     for name, s in scores.items():  # a GPU takes a shape at once; one matrix fits a CPU's cache
         groups.setdefault(name if s.is_cpu else s.shape, []).append(name)

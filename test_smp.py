@@ -128,6 +128,7 @@ def flags_of(flags, out="run", task="sst2"):
              "--sparsity": 0.5}
     useless = {"--method finetune": ["--sparsity"], "--method lock": ["--sparsity"],
                "--method threshold": ["--sparsity"], "--method soft-movement": ["--sparsity"],
+               "--method 2:4": ["--sparsity"],
                "--method random": ["--epochs", "--batch-size"], "--task mlm": ["--data"]}
     for words, names in useless.items():
         for name in names if words in f"--task {task} {flags}" else ():
@@ -163,7 +164,8 @@ def places(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     with contextlib.chdir(folder):
         torch.manual_seed(0)
-        sizes = ODD | dict(vocab_size=len(WORDS), hidden_size=48, num_hidden_layers=2)
+        sizes = ODD | dict(vocab_size=len(WORDS), hidden_size=48, num_hidden_layers=2,
+                           intermediate_size=36)  # fours, for 2:4
         model = bert.Bert(bert.Config(**sizes))
         for p in model.parameters():
             if p.dim() == 2:
@@ -180,6 +182,7 @@ def world(places, tmp_path, monkeypatch):
     """The test stands in a folder with model/, glue/ and corpus.txt; run(flags) makes run/."""
     shutil.copytree(places[""], tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "TASKS", dict(data.TASKS))  # a test may add one
     return tmp_path
 
 @pytest.fixture
@@ -292,11 +295,31 @@ def test_large_masks_depend_neither_on_threads_nor_on_the_device(made, k):
         with way():
             assert torch.equal(smp.topk_mask(scores.to(device), k).cpu(), expected)
 
-@pytest.mark.parametrize("rule", smp.RULES)
+@given(st.integers(1, 3), st.integers(1, 3), st.data())
+def test_two_of_each_four_neighbours_stay(out, fours, draw):
+    """The two largest, the first of equals first; the gradient goes straight through."""
+    value = st.sampled_from([0.0, -0.0, 1.0, -1.0]) | ANY
+    rows = [draw.draw(st.lists(value, min_size=4 * fours, max_size=4 * fours)) for _ in range(out)]
+    expected = torch.zeros(out, 4 * fours)
+    for row, scores in enumerate(rows):
+        for start in range(0, len(scores), 4):
+            four = range(start, start + 4)
+            for kept in sorted(four, key=lambda i: (-scores[i], i))[:2]:
+                expected[row, kept] = 1
+    layer = smp.MaskedLinear(linear_of(torch.arange(1.0, expected.numel() + 1).view_as(expected)))
+    layer.scores.data = torch.tensor(rows)
+    smp.choose_masks({"0.Q": layer}, 0.9, "2:4")
+    assert torch.equal(layer.mask.float(), expected)
+    counts = smp.keep_counts({"0.Q": layer.scores}, 0.9, "2:4")
+    assert counts["0.Q"] == expected.sum()
+    layer(torch.ones(4 * fours)).sum().backward()
+    assert torch.equal(layer.scores.grad, layer.dense_weight)  # dL/dW' is 1
+
+@pytest.mark.parametrize("rule", [rule for rule in smp.RULES if rule != "2:4"])
 @pytest.mark.parametrize("device", [*DEVICES, "as on a GPU"])
 def test_all_ways_to_choose_masks_choose_the_same_and_nobody_waits_for_a_gpu(rule, device):
     """A CPU goes matrix by matrix, a GPU takes all matrices of one shape at once."""
-    model = tiny_bert()
+    model = tiny_bert(intermediate_size=36)
     layers = smp.prune(model, train.prunable(model), "random")
     scores = {name: layer.scores.detach().clone() for name, layer in layers.items()}
     counts = smp.keep_counts(scores, 0.6, rule, 0.6)
@@ -729,11 +752,15 @@ def test_a_frozen_base_is_rounded_whatever_the_mask():
 
 # ---- 6. BERT --------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("head", [True, False])
-def test_logits_and_loss_equal_transformers(tokenizer, tmp_path, head):
-    model = tiny_bert()
+MODELS = {"bert": {}, "distilbert": {"type_vocab_size": 0}}
+
+@pytest.mark.parametrize("kind, head", [("bert", True), ("bert", False), ("distilbert", True)])
+def test_logits_and_loss_equal_transformers(tokenizer, tmp_path, kind, head):
+    model = tiny_bert(**MODELS[kind])
     bert.save_pretrained(model, tmp_path)
-    theirs = oracle("transformers").BertForMaskedLM.from_pretrained(tmp_path).eval()
+    theirs, info = oracle("transformers").AutoModelForMaskedLM.from_pretrained(
+        tmp_path, output_loading_info=True)
+    assert theirs.eval().config.model_type == kind and not any(info.values())
     if not head:  # the plain product is a head that changes nothing
         theirs.cls.predictions.transform = nn.Identity()
         theirs.cls.predictions.bias.data.zero_()
@@ -744,12 +771,30 @@ def test_logits_and_loss_equal_transformers(tokenizer, tmp_path, head):
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
     labels = torch.full(inputs["input_ids"].shape, -100)
     labels.view(-1)[batch["places"]] = batch["labels"]
-    found, hidden = theirs(**inputs, labels=labels), model(**inputs)
-    real = inputs["attention_mask"].bool()
+    hidden, real = model(**inputs), inputs["attention_mask"].bool()
     assert not real.all() and inputs["token_type_ids"].any()
+    if kind == "distilbert":
+        del inputs["token_type_ids"]
+    found = theirs(**inputs, labels=labels)
     assert (model.mlm_logits(hidden) - found.logits)[real].abs().max() < 1e-5
     logits = model.mlm_logits(hidden.flatten(0, 1)[batch["places"]])
     assert abs(smp.objective(logits, batch["labels"]) - found.loss) < 1e-5
+
+@pytest.mark.parametrize("kind, name", [("bert", "Bert"), ("distilbert", "DistilBert")])
+def test_an_ordinary_classifier_equals_transformers(tmp_path, kind, name):
+    transformers, (ids, mask, _) = oracle("transformers"), odd_batch()
+    bert.save_pretrained(tiny_bert(**MODELS[kind]), tmp_path)
+    theirs = getattr(transformers, f"{name}ForSequenceClassification").from_pretrained(
+        tmp_path, id2label={0: "No", 1: "Yes", 2: "MAYBE"}).eval()
+    for p in theirs.parameters():
+        p.data.normal_(std=0.2)
+    theirs.save_pretrained(tmp_path)
+    model = bert.load_pretrained(tmp_path, classifier=True)
+    task = data.Task("", ("text",), "", ("yes", "maybe", "no"), ("a", "b", "c"), ("accuracy",))
+    order = data.class_order(tmp_path, task, 3)
+    found = model.classifier(model(ids, mask)[:, 0], order)
+    expected = theirs(ids, attention_mask=mask).logits[:, [1, 2, 0]]
+    assert (found - expected).abs().max() < 1e-5
 
 def test_a_real_checkpoint_equals_transformers():
     theirs = oracle("transformers").BertModel.from_pretrained(minilm()).eval()
@@ -786,22 +831,31 @@ def test_the_six_matrices_have_the_names_of_the_paper():
     for ours, name in zip("QKVOUD", theirs, strict=True):
         assert bert.our_name(f"encoder.layer.11.{name}.bias") == f"layers.11.{ours}.bias"
         assert bert.hf_name(f"layers.11.{ours}.bias") == f"bert.encoder.layer.11.{name}.bias"
+    theirs = "attention.q_lin attention.k_lin attention.v_lin attention.out_lin ffn.lin1 ffn.lin2"
+    for ours, name in zip("QKVOUD", theirs.split(), strict=True):
+        name = f"distilbert.transformer.layer.11.{name}.bias"
+        assert bert.our_name(name, "distilbert") == f"layers.11.{ours}.bias"
 
 SPELLINGS = {
-    "as written": str, "no prefix": lambda name: name.removeprefix("bert."),
+    "as written": str,
+    "no prefix": lambda name: name.removeprefix("distilbert.").removeprefix("bert."),
     "gamma and beta": lambda name: name.replace("m.weight", "m.gamma").replace("m.bias", "m.beta"),
 }
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("head", ["tied", "stored", "absent"])
-def test_every_spelling_of_a_checkpoint_comes_back_bit_for_bit(spelling, head, tmp_path):
-    model, file = tiny_bert(head != "absent").half().float(), tmp_path / "model.safetensors"
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_spelling_of_a_checkpoint_comes_back_bit_for_bit(kind, spelling, head, tmp_path):
+    model = tiny_bert(head != "absent", **MODELS[kind]).half().float()
+    file = tmp_path / "model.safetensors"
     bert.save_pretrained(model, tmp_path)
     tensors = load_file(file)
     if head == "stored":
-        tensors["cls.predictions.decoder.weight"] = model.embeddings.word.weight.data.clone()
-        tensors["cls.predictions.decoder.bias"] = model.mlm.bias.data.clone()
-    tensors |= dict.fromkeys(bert.DROPPED, torch.ones(40))
+        for theirs, ours in bert.TIED.items():
+            if theirs.startswith("cls.") == (kind == "bert"):
+                tensors[theirs] = model.state_dict()[ours].clone()
+    pooler = ("bert.pooler.dense.weight", "pooler.dense.bias") if kind == "bert" else ()
+    tensors |= dict.fromkeys((*bert.DROPPED, *pooler), torch.ones(40))
     save_file({SPELLINGS[spelling](name): tensor.half() if head == "absent" else tensor.clone()
                for name, tensor in tensors.items()}, file)  # half precision becomes float32
     found = bert.load_pretrained(tmp_path)
@@ -817,7 +871,7 @@ def test_every_spelling_of_a_checkpoint_comes_back_bit_for_bit(spelling, head, t
     ("embeddings.norm.bias", torch.ones(24).long(), "is torch.int64"),
     ("embeddings.norm.bias", torch.full((24,), math.nan), "holds nan"),
     ("layers.0.Q.weight", torch.full((24, 24), math.inf), "holds nan or inf"),
-    ("classifier.weight", torch.ones(2, 24), "has no place"),
+    ("classifier.out.weight", torch.ones(2, 24), "has no place in a bert"),
     ("cls.predictions.decoder.weight", torch.ones(99, 24), "are two copies of one"),
     ("", None, ""),  # then the file is cut
 ])
@@ -832,16 +886,18 @@ def test_a_tensor_that_does_not_fit_is_named(name, tensor, problem, tmp_path):
         bert.load_pretrained(tmp_path)
 
 @pytest.mark.parametrize("change", [
-    {"model_type": "roberta"}, {"hidden_act": "relu"}, {"position_embedding_type": "relative_key"},
+    {"model_type": "roberta"}, {"model_type": "distilbert"}, {"model_type": ["bert"]},
+    {"hidden_act": "relu"}, {"position_embedding_type": "relative_key"},
     {"is_decoder": True}, {"num_attention_heads": 5}, {"hidden_size": None}, {"vocab_size": "99"},
     {"vocab_size": 1e300}, {"num_hidden_layers": 0}, {"num_hidden_layers": 200_000},
     {"layer_norm_eps": -1}, "{", "[" * 100_000, "[]",
 ])
 def test_configs_of_another_model_are_refused_by_name_and_at_once(change, tmp_path):
     bert.save_pretrained(tiny_bert(), tmp_path)
-    file, started, message = tmp_path / "config.json", time.monotonic(), "not valid JSON|is missing"
+    file, started, message = tmp_path / "config.json", time.monotonic(), "not valid JSON|model_type"
     if isinstance(change, dict):
         message, change = next(iter(change)), json.dumps(json.loads(file.read_text()) | change)
+        message += "|dim is None"  # of DistilBERT
     write(file, change)
     with pytest.raises(ValueError, match=f"config.json.*({message})"):
         bert.load_pretrained(tmp_path)
@@ -946,8 +1002,10 @@ def test_tokenizers_that_are_not_berts_are_named(name, content, message, tokeniz
 def test_label_words_are_single_tokens(tokenizer):
     assert data.label_ids(tokenizer, ("terrible", "great")).tolist() == [9, 8]
     for word in ("be", "zebra"):
-        with pytest.raises(ValueError, match=f"label word '{word}' is not one token"):
-            data.label_ids(tokenizer, (word,))
+        with pytest.raises(ValueError, match=f"mine: words: '{word}' is not one token"):
+            data.label_ids(tokenizer, (word,), "mine")
+    with pytest.raises(ValueError, match="near it are great"):
+        data.label_ids(tokenizer, ("greater",))
 
 def test_both_forms_of_a_tokenizer_agree_with_transformers(tmp_path):
     write(tmp_path / "vocab.txt", (minilm() / "vocab.txt").read_bytes())
@@ -1166,7 +1224,7 @@ DOWNLOADS = {
     "another task": (zipped(["MNLI/train.tsv"]), "no RTE/train.tsv in it"),
     "inflates": (zipped(RTE, "x" * 3000, zipfile.ZIP_LZMA), "RTE.zip: not GLUE's archive"),
     "of no length": (({"Content-Length": "many"}, b""), "RTE.zip: cannot be fetched"),
-    "endless": (({}, b"x" * 9000), "RTE.zip is larger than anything in GLUE"),
+    "endless": (({}, b"x" * 9000), "RTE.zip: cannot be fetched .larger than anything"),
     "broken off": (({"Content-Length": 99}, b"x" * 50), "broke off after 50 of 99 bytes"),
 }
 
@@ -1507,13 +1565,158 @@ def test_no_step_waits_for_the_device(world, flags, monkeypatch):
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         run.watch(loss, None)
 
+# ---- A task of one's own
+
+REVIEWS = {"text": ["review"], "label": "is", "labels": ["bad", "a, b", "good"],
+           "words": ["terrible", "maybe", "great"], "metrics": ["accuracy"]}
+
+def write_reviews(folder="mine/reviews", **changes):
+    """A task with three classes in CSV: a comma in a label, a comma, quotes and line ends in the
+    texts."""
+    for split, n in (("train", 150), ("dev", 30), ("test", 6)):
+        lines = ["id,review,is"]
+        for i in range(n):
+            word, label = [("bad", "bad"), ("maybe", '"a, b"'), ("good", "good")][i % 3]
+            lines.append(f'{i},"a ""{word}"", {"bcd"[i % 2]}\nfilm .",{label}')
+        write(f"{folder}/{split}.csv", "\r\n".join(lines) + "\r\n")
+    fields = {key: value for key, value in (REVIEWS | changes).items() if value is not None}
+    write(f"{folder}/task.json", json.dumps(fields))
+
+def test_a_task_of_ones_own_from_file_to_predictions(world, fails):
+    write_reviews()
+    flags = "--task mine/reviews/task.json --model model --device cpu --max-length 16"
+    final = cli(f"{flags} --sparsity 0.5 --epochs 20 --lr 0.1 --dropout 0")
+    assert final["metrics"]["accuracy"] > 0.9
+    mask = "runs/reviews-smp-s-0.5-s0/mask.safetensors"
+    assert evaluate(mask=mask) == final["metrics"]
+    cli(f"--predict {mask} --device cpu")
+    lines = Path("predictions/reviews.tsv").read_text().splitlines()
+    assert lines[0] == "index\tprediction" and len(lines) == 7
+    assert {line.split("\t")[1] for line in lines[1:]} <= set(REVIEWS["labels"])
+    # Elsewhere the mask knows its task; only the folder of the data is to be told.
+    shutil.copy(mask, "mask")
+    shutil.move("mine", "yours")
+    Path("yours/reviews/task.json").rename("task.json")
+    assert evaluate("--model model --data yours", mask="mask") == final["metrics"]
+    away = "--eval mask --model model --data yours --task sst2"
+    assert "a mask for reviews; --task asks for sst2" in fails(away, call=cli)
+
+def test_a_regression_of_ones_own_has_its_range(world, fails):
+    write_reviews(labels=None, words=["good"], metrics=["pearson"], range=[-1, 1])
+    flags = "--task mine/reviews/task.json --model model --device cpu --max-length 16 --epochs 1"
+    assert "train.csv, line 3: score 'bad'; expected a number from -1 to 1" in fails(flags, cli)
+    for split in ("train", "dev", "test"):
+        path = Path(f"mine/reviews/{split}.csv")
+        text = path.read_text().replace(',bad', ',-1').replace(',"a, b"', ",0.5")
+        write(path, text.replace(",good", ",1"))
+    cli(f"{flags} --sparsity 0.5 --out run")
+    cli("--predict run/mask.safetensors --device cpu")
+    lines = Path("predictions/reviews.tsv").read_text().splitlines()[1:]
+    assert all(-1 <= float(line.split("\t")[1]) <= 1 for line in lines)
+
+@pytest.mark.parametrize("changes, message", [
+    ({"lables": []}, "lables"), ({"dev": "dev"}, "dev: expected a list"),
+    ({"text": None}, "text"), ({"text": "review"}, "text: expected a"),
+    ({"text": []}, "text: expected one column"), ({"label": 3}, "label: expected a column"),
+    ({"labels": [0, 1, 2]}, "labels: expected a list of strings"),
+    ({"labels": ["bad", "bad", "good"]}, "labels: expected two or more"),
+    ({"words": ["yes", "no"]}, "words: expected one of its own for each label"),
+    ({"words": ["yes", "yes", "no"]}, "words: expected one of its own for each label"),
+    ({"metrics": ["f1"]}, "metrics: expected accuracy"), ({"metrics": []}, "metrics: expected"),
+    ({"range": [5, 1]}, "range: expected the least number"), ({"range": ["a", 1]}, "range: exp"),
+    ({"words": ["terrible", "maybes", "great"]}, "reviews/task.json: words: 'maybes' is not one "
+     "token of the model's vocabulary; near it are maybe"),
+    ({"text": ["riview"]}, "train.csv, line 1: no column 'riview'"),
+])
+def test_a_bad_task_json_is_named_with_its_field(world, fails, changes, message):
+    write_reviews(**changes)
+    found = fails("--task mine/reviews/task.json --model model --device cpu", cli)
+    assert message in found and "reviews/" in found
+
+def test_a_bad_csv_is_named_with_its_line(world, fails):
+    write_reviews()
+    with open("mine/reviews/train.csv", "a") as file:
+        file.write('7,"never ends,good\n')
+    message = fails("--task mine/reviews/task.json --model model --device cpu", cli)
+    assert "train.csv, line 302: unexpected end of data" in message
+
+# ---- DistilBERT; a teacher of another kind
+
+def test_distilbert_is_pruned_evaluated_exported_and_resumed(world, fails, monkeypatch):
+    model = tiny_bert(type_vocab_size=0, vocab_size=len(WORDS))
+    train.save_model("distil", model, "model")
+    rows = [f"{i % 2}\t0\t1\ta {'good' if i % 2 else 'bad'} film\tb" for i in range(60)]
+    for split in ("train", "dev"):
+        write_tsv(f"MRPC/{split}", "Quality #1_ID #2_ID #1_String #2_String", rows)
+        path = Path(f"glue/MRPC/{split}.tsv")
+        path.write_text(path.read_text().replace("_", " "))
+    where = dict(task="mrpc")  # pairs work without segments
+    final = run("--model distil --epochs 2", **where)
+    assert evaluate("--export pruned") == final["metrics"]
+    assert bert.load_pretrained("pruned").config == model.config
+    steps = iter([None] * 10)
+    monkeypatch.setattr(train.smp, "objective", lambda *a, f=smp.objective: (next(steps), f(*a))[1])
+    with pytest.raises(StopIteration):
+        run("--model distil --epochs 2 --checkpoint-every 0", out="again", **where)
+    monkeypatch.undo()
+    monkeypatch.chdir(world)
+    again = run("--model distil --epochs 2 --checkpoint-every 0 --resume", out="again", **where)
+    assert again["metrics"] == final["metrics"]
+
+def write_classifier(folder, id2label, order=(0, 1), words=WORDS):
+    """An ordinary classifier in the world's task, whose classes and words have another order."""
+    model = bert.load_pretrained("model")
+    torch.manual_seed(1)
+    head, model.mlm = bert.Classifier(model.config, 2), None
+    model.classifier = head.requires_grad_(False)
+    for p in head.classes.parameters():
+        p.data = 20 * p.data[list(order)]
+    table = model.embeddings.word.weight
+    table.data = table.data[[WORDS.index(word) for word in words]]
+    train.save_model(folder, model, "model")
+    write(f"{folder}/vocab.txt", "\n".join(words) + "\n")
+    config = json.loads(Path(folder, "config.json").read_text()) | {"id2label": id2label}
+    write(f"{folder}/config.json", json.dumps(config))
+
+def test_an_ordinary_classifier_teaches_whatever_the_order_of_its_classes_and_words(world, fails):
+    def losses(folder, *args):
+        write_classifier(folder, *args)
+        run(f"--teacher {folder} --epochs 2", out=f"by-{folder}")
+        return [entry.get("loss") for entry in log_of(f"by-{folder}")]
+
+    plain = losses("plain", None)
+    assert losses("named", {"0": "1", "1": "0"}, (1, 0)) == plain
+    assert losses("numbered", {"1": "label_0", "0": "LABEL_1"}, (1, 0)) == plain
+    turned = losses("turned", {"0": "0", "1": "1"}, (1, 0))
+    assert turned != plain
+    assert losses("worded", None, (0, 1), WORDS[:5] + WORDS[:4:-1]) == plain
+    run("--epochs 2")
+    assert [entry.get("loss") for entry in log_of()] != plain
+    write_classifier("strange", {"0": "NEGATIVE", "1": "POSITIVE"})
+    message = ("strange/config.json: not a classifier for this task (id2label has the classes "
+               "negative, positive; expected 0, 1, or LABEL_0 and so on)")
+    assert message in fails("--teacher strange", out="new")
+    assert "an ordinary classifier; expected" in fails("--model strange", out="new")
+    assert "an ordinary classifier" in learn_language(f"{SPARSE} --teacher plain", fails, out="b")
+
+def test_a_teacher_that_transformers_has_saved_teaches_the_same(trained):
+    trained("--method finetune --weight-lr 1e-3 --epochs 4", out="dense")
+    theirs = oracle("transformers").BertForMaskedLM.from_pretrained("dense/model")
+    theirs.save_pretrained("theirs")
+    shutil.copy("model/vocab.txt", "theirs")
+    for teacher in ("dense/model", "theirs"):
+        run(f"--teacher {teacher} --epochs 2", out=f"by-{Path(teacher).name}")
+    assert masks_of("by-model").keys() == masks_of("by-theirs").keys()
+    assert log_of("by-model")[1:] == log_of("by-theirs")[1:]
+
 # ---- It fails well
 
 NUMBERS = [f"{flag}={value}" for flag in "--lr --weight-lr --lambda --pull --temperature".split()
            for value in ("inf", "nan", "-1")]
 USUAL = "--task sst2 --data glue --out run --model"
 REFUSED = {  # words of the message: command lines
-    "'mprc'": ["--task mprc"], "--frobnicate": ["--frobnicate"], "'smp'": ["--method smp"],
+    "mprc: no such task": ["--task mprc"],
+    "--frobnicate": ["--frobnicate"], "'smp'": ["--method smp"],
     "no device 'quantum'": ["--device quantum"], "the same seed twice": ["--seed 1 1"],
     "is not a number from 0": ["--sparsity 90", "--sparsity -0.1", "--sparsity nan", *NUMBERS],
     "is not a whole number": ["--epochs 0", "--epochs 2.5", "--seed -1", "--max-length 3"],
@@ -1523,14 +1726,14 @@ REFUSED = {  # words of the message: command lines
     "--task mlm needs --corpus": ["--task mlm"],
     "--sparsity is for methods that set the sparsity": [f"{of} --sparsity 0.5" for of in (
         "--method finetune", "--method threshold", "--method soft-movement", "--method lock",
-        "--predict m")],
+        "--method 2:4", "--predict m")],
     "--tau is for methods with a threshold": ["--method smp-s --tau 0.1", "--method lock --tau 0"],
     "--weight-lr is for methods that train weights": ["--method smp-s --weight-lr 1"],
     "--lr is for methods that learn scores": ["--method magnitude --lr 1", "--method lock --lr 1"],
     "--pull is for a regulariser without --lambda": ["--pull 1 --lambda 400"],
     "--epochs is for methods that learn": ["--method random --epochs 3"],
     "--ramp is for methods with a ramp": [f"--method {method} --ramp 0" for method in (
-        "finetune", "threshold", "random")],
+        "finetune", "threshold", "random", "2:4")],
     "--teacher-weight is for a --teacher": ["--teacher-weight 0.5"],
     "--temperature is for a --teacher of classes": [
         "--temperature 2", "--task stsb --teacher t --temperature 2"],
@@ -1876,7 +2079,8 @@ def test_a_log_file_gets_a_line_every_half_minute(capsys):
 # ---- Small and fast
 
 TRAIN_WEIGHTS = ("magnitude", "movement", "soft-movement", "lock", "finetune")
-OWN_FLAGS = {"threshold": "--lr 0.2", "soft-movement": "--lr 0.2", "lock": "", "finetune": ""}
+OWN_FLAGS = {"threshold": "--lr 0.2", "soft-movement": "--lr 0.2", "2:4": "", "lock": "",
+             "finetune": ""}
 ROUND_TRIPS = [(task, method, bits) for method in train.METHODS for task, bits in (
     ("sst2", ""), ("sst2", "--int8"), ("mlm", "")) if bits or method != "finetune"]  # has no mask
 
@@ -1994,7 +2198,7 @@ def test_all_three_stages(trained, fails, capsys):
     needs, and --eval finds the numbers again."""
     first = learn_language("--method finetune --weight-lr 1e-3", trained, out="teacher")["metrics"]
     records = [line["metrics"] for line in log_of("teacher") if line["event"] == "eval"]
-    assert records[-1]["perplexity"] < 0.9 * records[0]["perplexity"]
+    assert records[-1]["perplexity"] < 0.95 * records[0]["perplexity"]
     assert first["score"] == pytest.approx(1 / first["perplexity"])
     sparse = learn_language(f"{SPARSE} --teacher teacher/model --model teacher/model", out="sparse")
     assert sparse["kept"] == round(0.4 * sparse["total"])
@@ -2519,7 +2723,7 @@ def test_a_model_comes_from_the_hub(world):
                "HF_HUB_DISABLE_XET": "1"}
         done = subprocess.run([sys.executable, "-c", program], env=os.environ | own, cwd=HERE,
                               capture_output=True, text=True, timeout=60)
-    assert done.stdout.split()[-1:] == ["32063"], done.stderr
+    assert done.stdout.split()[-1:] == ["31869"], done.stderr
 
 # ---- 10. The demo, and what maintainers run -------------------------------------------------
 

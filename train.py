@@ -39,6 +39,7 @@ METHODS = {
     "smp-l":         ("learned",   "smp-l",     "frozen"),
     "global":        ("learned",   "global",    "frozen"),
     "threshold":     ("learned",   "threshold", "frozen"),
+    "2:4":           ("learned",   "2:4",       "frozen"),
     "random":        ("random",    "smp-l",     "frozen"),
     "magnitude":     ("magnitude", "smp-l",     "trained"),
     "movement":      ("learned",   "smp-l",     "trained"),
@@ -107,14 +108,15 @@ class TaskModel:
     """A BERT from a model folder, for the task in s, which asks for a word at some of the tokens of
     a batch, its `places`: at each [CLS], or where words are hidden."""
 
-    def __init__(self, folder, s):
+    def __init__(self, folder, s, is_teacher=False):
         self.base, self.s, self.task = folder, s, data.TASKS[s.task]
-        self.model, self.tokenizer = bert.load_pretrained(folder), data.load_tokenizer(folder)
+        self.model = bert.load_pretrained(folder, classifier=is_teacher and not self.task.mlm)
+        self.tokenizer = data.load_tokenizer(folder)
         tokens = max(self.tokenizer.get_vocab().values()) + 1
         rows = self.model.config.vocab_size
         expect(tokens <= rows, f"{folder}: tokenizer.json or vocab.txt has {tokens} tokens, the "
                f"embedding {rows} rows; they are not of one model")
-        expect(len(self.task.text) < 2 or self.model.config.type_vocab_size > 1,
+        expect(len(self.task.text) < 2 or self.model.config.type_vocab_size != 1,
                f"{folder}/config.json: type_vocab_size is 1; the pairs of {s.task} need 2 segments")
         positions = self.model.config.max_position_embeddings
         expect(4 <= s.max_length <= positions,
@@ -125,7 +127,7 @@ class TaskModel:
             torch.set_num_threads(1)
         self.fingerprint = fingerprint(self.model, self.tokenizer)
         self.model.to(s.device)
-        self.asks = (Words if self.task.mlm else Labels)(self.task, self.tokenizer, s)
+        self.asks = (Words if self.task.mlm else Labels)(self)
 
     def examples(self, *splits):
         """{split: examples} of files of the task."""
@@ -148,7 +150,8 @@ class TaskModel:
             hidden = hidden.flatten(0, 1)[batch["places"]]
         # bf16 rounds the logits of two words too coarsely; those of a vocabulary are too many.
         with torch.autocast(device_type, torch.bfloat16, enabled=bf16 and self.task.mlm):
-            return self.model.mlm_logits(hidden.float(), self.asks.words).float()
+            head = self.model.classifier or self.model.mlm_logits
+            return head(hidden.float(), self.asks.words).float()
 
     @torch.inference_mode()
     def answers(self, batches):
@@ -163,9 +166,15 @@ class TaskModel:
 class Labels:
     """What a task with labels asks: at each [CLS] for one of the label words."""
 
-    def __init__(self, task, tokenizer, s):
-        self.task, self.tokenizer, self.s = task, tokenizer, s
-        self.words = data.label_ids(tokenizer, task.words).to(s.device)
+    def __init__(self, model):
+        self.task, self.tokenizer, self.s = model.task, model.tokenizer, model.s
+        if model.model.classifier:
+            n = model.model.classifier.classes.out_features
+            words = data.class_order(model.base, self.task, n)
+        else:
+            name = self.s.task + "/task.json" * (self.s.task not in data.BUILT_IN)
+            words = data.label_ids(self.tokenizer, self.task.words, name)
+        self.words = words.to(self.s.device)
 
     def read(self, split, limit=None):
         return data.read_split(self.task, self.s.data, split, limit)
@@ -197,24 +206,25 @@ class Labels:
         held_out = [value for name, value in metrics.items() if name.startswith("holdout_")]
         return metrics | {"score": np.mean(held_out or list(metrics.values())).item()}
 
-    def listen(self, model, teacher, examples):
-        """A function: a batch of the examples -> the teacher's logits. Without dropout they never
-        change, so it is asked once for all."""
-        known = torch.from_numpy(self.predict(teacher, examples)).to(self.s.device)
+    def listen(self, model, teacher, texts):
+        """A function: a batch of the texts' -> the teacher's logits. Without dropout they never
+        change, so it is asked once for all, in its own vocabulary."""
+        known = teacher.asks.predict(teacher, teacher.asks.encode(texts, None))
+        known = torch.from_numpy(known).to(self.s.device)
         return lambda batch: known[batch["index"]]
 
-    def explain(self, examples):
-        """For a person: what is asked for, where, and the answer to the first example."""
+    def first_answer(self, examples):  # for a person
         label = examples.labels[0]
-        return "label words", "[CLS]", self.task.words[label] if self.task.labels else label
+        return self.task.words[label] if self.task.labels else label
 
 class Words:
     """What masked language modelling asks: at hidden words for any word. Used as Labels is."""
 
-    def __init__(self, task, tokenizer, s):
-        expect(tokenizer.token_to_id("[MASK]") is not None,
+    def __init__(self, model):
+        self.tokenizer, self.s = model.tokenizer, model.s
+        self.words, self.corpus = slice(None), None
+        expect(self.tokenizer.token_to_id("[MASK]") is not None,
                "the model's vocabulary has no [MASK]; --task mlm needs one")
-        self.tokenizer, self.s, self.words, self.corpus = tokenizer, s, slice(None), None
 
     def read(self, split, limit=None):
         self.corpus = self.corpus or data.read_corpus(Path(self.s.corpus))
@@ -245,14 +255,17 @@ class Words:
         return {"accuracy": hits / n, "perplexity": math.exp(min(loss / n, 700)),
                 "score": math.exp(-loss / n)}
 
-    def listen(self, model, teacher, examples):
+    def listen(self, model, teacher, texts):
+        expect(teacher.tokenizer.get_vocab() == self.tokenizer.get_vocab(),
+               f"--teacher {teacher.base}: its vocabulary is not that of {model.base}; expected a "
+               "teacher trained from that model")
         if bool(teacher.model.mlm) != bool(model.model.mlm):
             has = "an MLM head, {} has none" if teacher.model.mlm else "no MLM head, {} has one"
             raise ValueError(f"--teacher {teacher.base}: it has {has.format(model.base)}")
         return torch.no_grad()(teacher.logits)  # each time other words are hidden
 
-    def explain(self, examples):
-        return "all words", "the token", "the words that are hidden"
+    def first_answer(self, examples):
+        return "the words that are hidden"
 
 # ---- One run --------------------------------------------------------------------------------
 
@@ -273,7 +286,10 @@ class Run(TaskModel):
             self.dev_sets["holdout"] = self.asks.encode(*held_out)
         self.train_set = self.asks.encode(texts, labels)
         self.s = s = settings_of(s.given, positions, len(self.train_set))
-        self.teacher = self.find_teacher() if s.teacher else lambda batch: None
+        self.teacher = lambda batch: None
+        if s.teacher:
+            teacher = TaskModel(bert.find_pretrained(s.teacher), s, is_teacher=True)
+            self.teacher = self.asks.listen(self, teacher, texts)
         torch.manual_seed(s.seed)
         self.make_learnable()
         self.step, self.lam = 0, s.lam
@@ -284,13 +300,6 @@ class Run(TaskModel):
         self.origin = {"weights": self.fingerprint, "data": " ".join(digests),
                        "processes": PROCESSES, "threads": torch.get_num_threads(),
                        "torch": torch.__version__, "device": torch.device(s.device).type}
-
-    def find_teacher(self):
-        teacher = TaskModel(bert.find_pretrained(self.s.teacher), self.s)
-        expect(teacher.tokenizer.get_vocab() == self.tokenizer.get_vocab(),
-               f"--teacher {teacher.base}: its vocabulary is not that of {self.base}; expected a "
-               "teacher fine-tuned from that model")
-        return self.asks.listen(self, teacher, self.train_set)
 
     def make_learnable(self):
         """Sets up what is learned: the scores, the weights, both, or (a random mask) nothing."""
@@ -538,6 +547,7 @@ def save_result(run, masks, record):
         settings = {key: value for key, value in recorded(s).items() if key not in local}
         data.save_packed(run.out / "mask.safetensors", "mask", masks, {
             "task": s.task, "method": s.method, "base": name, "fingerprint": belongs_to,
+            "own_task": s.task not in data.BUILT_IN and vars(run.task) | {"home": ""},
             "label_words": run.task.words, "settings": settings, **record})
 
 def bake(owner, masks):
@@ -605,13 +615,15 @@ class MaskFile(TaskModel):
         run, beside = log[0] if log else {}, Path(path).parent / "model"
         with data.reading(path, "a mask that train.py wrote"):
             task, base, own = [self.header[name] for name in ("task", "base", "fingerprint")]
-            settings, usual = self.header["settings"], "demo" if task == "demo" else "glue"
+            settings = self.header["settings"]
+            if self.header.get("own_task"):
+                task = data.add_task(self.header["own_task"])
             self.int8, precision = bool(settings["int8"]), settings["precision"]
             expect(task in data.TASKS and precision in PRECISIONS, "of another task or precision")
             s = argparse.Namespace(
                 task=task, device=s.device, sparse=s.sparse, max_length=int(settings["max_length"]),
                 precision="fp32" if s.sparse else precision,  # no sparse product is in bf16
-                data=s.given.get("data") or run.get("data") or usual,
+                data=s.given.get("data") or run.get("data") or data.TASKS[task].home,
                 corpus=s.given.get("corpus") or run.get("corpus"), given=s.given)
         asked = s.given.get("task", task)
         expect(asked == task, f"{path}: a mask for {task}; --task asks for {asked}")
@@ -756,12 +768,9 @@ def introduce(run):
     print(textwrap.fill(f"settings    {settings}", 100, subsequent_indent=" " * 12,
                         break_long_words=False, break_on_hyphens=False))
     text = run.tokenizer.decode(run.train_set.ids[0], skip_special_tokens=False)
-    asked, at, answer = run.asks.explain(run.train_set)
-    print(f"example     {data.printable(text)} -> {answer}")
-    head = f"dot product of {at} and their embeddings (the model has no MLM head)"
-    if run.model.mlm:
-        head = "the MLM transform and their rows of the decoder"
-    print(f"head        {asked}: {head}")
+    print(f"example     {data.printable(text)} -> {run.asks.first_answer(run.train_set)}")
+    head = "the MLM head" if run.model.mlm else "the words' embeddings (the model has no MLM head)"
+    print(f"head        {head}")
     scores = sum(x.numel() for x in run.scores)
     frozen = sum(p.numel() for p in run.model.parameters()) - scores - run.n_trained
     has_scores = f", {scores:,} scores, one for each prunable weight" if s.rule else ""
@@ -910,24 +919,25 @@ def usual_dropout(s):
     """
     if s.trains_weights:
         return 0.0 if s.task == "demo" else 0.1
-    return 0.2 if s.rule != "threshold" and s.sparsity <= 0.5 else 0.0
+    return 0.2 if s.rule != "threshold" and (s.sparsity or 0.5) <= 0.5 else 0.0
 
 # What is usual for a task, a method or --paper, where it differs from the table of flags.
 USUAL = {
-    "demo": {"data": "demo", "epochs": 3, "pull": 0.2, "init": "zero", "weight_lr": 1e-3},
+    "demo": {"epochs": 3, "pull": 0.2, "init": "zero", "weight_lr": 1e-3},
     "mlm": {"epochs": 3, "weight_lr": 5e-5},
     "lock": {"weight_lr": 1e-4},
     "paper": {"init": "zero", "lam": 400.0, "dropout": 0.1},
 }
 YES, TEXT, TEXTS = {"action": "store_true"}, {"metavar": "X"}, {"metavar": "X", "nargs": "+"}
 WHOLE, POSITIVE, SHARE = number(1, kind=int), number(0, 1e6), number(0, 1)
+UNSET = (None, "threshold", "2:4")  # rules without a sparsity to be set
 SEEDS = number(0, 2**32 - 1, int) | {"nargs": "+"}
 # All that is known of a flag. A group says what its flags are for, and whether that is so: without
 # effect a flag is refused, and its setting is None. A row is a flag, its kind, its help, and its
 # default, a value or a function of the settings so far.
 FLAGS = {
     "any command": (lambda s: True, [
-        ("--task", {"choices": data.TASKS}, "a GLUE task, or demo, which needs no data", "demo"),
+        ("--task", TEXT, "of GLUE, or a task.json, mlm, or demo, which needs no data", "demo"),
         ("--device", {"type": device}, "default: cuda where there is one, or cpu", usual_device),
         ("--debug", YES, "show the traceback of an error", False)]),
     "masks at work, in place of training": (lambda s: s.eval or s.predict, [
@@ -952,7 +962,8 @@ FLAGS = {
         ("--overwrite", YES, "replace what is there (default for the demo, without --out)",
          lambda s: bool(s.method) and s.task == "demo" and not s.out)]),
     "tasks with labels": (lambda s: s.task != "mlm", [
-        ("--data", TEXT, "folder of GLUE's task folders, fetched if missing", "glue"),
+        ("--data", TEXT, "folder of task folders (default: glue, fetched if missing)",
+         lambda s: data.TASKS[s.task].home),
         ("--holdout", number(0, 0.9), "share of train to choose the best by, not dev", None)]),
     "--task mlm": (lambda s: s.task == "mlm" or not s.method, [
         ("--corpus", TEXT, "a text file, a text a line; 5 %% are held out", None),
@@ -961,7 +972,7 @@ FLAGS = {
     "a base model": (lambda s: True, [
         ("--model", TEXT, "folder, or name on the hub (default: bert-base-uncased)",
          lambda s: f"{s.data}/model" if s.task == "demo" else "bert-base-uncased")]),
-    "methods that set the sparsity": (lambda s: s.rule not in (None, "threshold"), [
+    "methods that set the sparsity": (lambda s: s.rule not in UNSET, [
         ("--sparsity", number(0, 0.9999), "fraction of the weights to REMOVE", 0.9)]),
     "methods with a threshold": (lambda s: s.rule == "threshold", [
         ("--tau", SHARE, "keeps where sigmoid(S) > tau; lambda steers how many", 0.1)]),
@@ -985,7 +996,7 @@ FLAGS = {
          usual_dropout),
         ("--checkpoint-every", POSITIVE, "seconds; more if it took over 2 %%", 60.0),
         ("--teacher", TEXT, "a fine-tuned model to distil from", None)]),
-    "methods with a ramp": (lambda s: s.rule not in (None, "threshold") and s.method != "random", [
+    "methods with a ramp": (lambda s: s.rule not in UNSET and s.method != "random", [
         ("--ramp", SHARE, "share of the steps in which the sparsity grows", 0.5)]),
     "a --teacher": (lambda s: s.teacher, [
         ("--teacher-weight", SHARE, "of the distillation, against the task's", 0.5)]),
@@ -1035,8 +1046,11 @@ def parse_flags(argv=None):
             plain = type(default) in (str, float)
             group.add_argument(flag, help=f"{does} (default: {default})" if plain else does, **kind)
     try:
-        s = settings_of(vars(p.parse_args(argv)))
-    except ValueError as error:
+        given = vars(p.parse_args(argv))
+        if "task" in given:
+            given["task"] = data.find_task(given["task"])
+        s = settings_of(given)
+    except (ValueError, OSError) as error:
         p.error(str(error))
     if PROCESSES > 1 and not s.method:
         p.error("--eval and --predict run in one process, without torchrun")
@@ -1051,7 +1065,8 @@ def parse_flags(argv=None):
 def run_seeds(s):
     """A run for each seed. Returns the final record, or of several the mean and spread of their
     metrics. What to report is the mean of `last`: `best` was chosen on dev itself."""
-    parts = [s.task, s.method, f"{s.sparsity:g}" if s.sparsity else "", "int8" if s.int8 else ""]
+    parts = [s.task, s.method.replace(":", "of"), f"{s.sparsity:g}" if s.sparsity else "",
+             "int8" if s.int8 else ""]
     out = s.out or "runs/" + "-".join(filter(None, parts))
     each, alone = [], s.out and len(s.seed) == 1
     for seed in s.seed:
