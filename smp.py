@@ -28,6 +28,7 @@ Sparsity is the fraction REMOVED. Letters: n weights of a matrix, m matrices, B 
 
 import contextlib
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -256,7 +257,7 @@ def sizes_of(scores):
 def choose_masks(layers, sparsity, rule="smp-s", tau=0.1):
     """Sets the mask of each of {name: MaskedLinear}: the largest of its scores, as many as its
     count. A nan is never kept, and no error: to look for one would make the host wait."""
-    scores = {name: layer.scores for name, layer in layers.items()}
+    scores = {name: layer.scores.detach() for name, layer in layers.items()}
     if rule == "2:4":
         for name, s in scores.items():
             layers[name].mask = two_of_four(s)
@@ -264,12 +265,17 @@ def choose_masks(layers, sparsity, rule="smp-s", tau=0.1):
     counts, groups = keep_counts(scores, sparsity, rule, tau), {}
     for name, s in scores.items():  # a GPU takes a shape at once; one matrix fits a CPU's cache
         groups.setdefault(name if s.is_cpu else s.shape, []).append(name)
-    for names in groups.values():
-        rows = [scores[name].reshape(1, -1) for name in names]
+
+    def choose(names):
+        rows = [scores[name].view(1, -1) for name in names]
         stack = torch.cat(rows) if len(rows) > 1 else rows[0]
         masks = largest(stack, torch.stack([counts[name] for name in names]))
         for name, mask in zip(names, masks, strict=True):
             layers[name].mask = mask.view_as(scores[name])
+
+    threads = torch.get_num_threads()  # NumPy's search takes one, so several matrices at a time
+    with ThreadPoolExecutor(threads) as pool:
+        list((pool.map if threads > 1 else map)(choose, groups.values()))
 
 # ---- Schedule and loss (Eq. 5, 6, 7) --------------------------------------------------------
 def sparsity_at(step, ramp_steps, target):

@@ -1598,6 +1598,8 @@ def test_a_task_of_ones_own_from_file_to_predictions(world, fails):
     shutil.move("mine", "yours")
     Path("yours/reviews/task.json").rename("task.json")
     assert evaluate("--model model --data yours", mask="mask") == final["metrics"]
+    shutil.move("task.json", "yours/reviews")
+    assert evaluate("--model model --task yours/reviews/task.json", mask="mask") == final["metrics"]
     away = "--eval mask --model model --data yours --task sst2"
     assert "a mask for reviews; --task asks for sst2" in fails(away, call=cli)
 

@@ -616,8 +616,9 @@ class MaskFile(TaskModel):
         with data.reading(path, "a mask that train.py wrote"):
             task, base, own = [self.header[name] for name in ("task", "base", "fingerprint")]
             settings = self.header["settings"]
-            if self.header.get("own_task"):
-                task = data.add_task(self.header["own_task"])
+            if own_task := self.header.get("own_task"):
+                there = data.TASKS.get(task)  # if its task.json was given as well
+                task = data.add_task(own_task | {"home": there.home if there else ""})
             self.int8, precision = bool(settings["int8"]), settings["precision"]
             expect(task in data.TASKS and precision in PRECISIONS, "of another task or precision")
             s = argparse.Namespace(
