@@ -1,11 +1,11 @@
 """Data: GLUE from its TSV files, batches, metrics, and the files that a run leaves.
 
 TASKS holds all that differs between the tasks; a task.json adds one of your own (find_task). A
-task becomes texts (read_split), texts become
-token ids (encode), ids become batches of about equal length (batches), and logits become the
-numbers that GLUE reports (evaluate_metrics). Then come the container of masks, small models and
-checkpoints, the downloads, what makes files and the terminal safe, and the demo's language.
-`reading(path)` makes an error name the file; `whole(path)` writes a file whole or not at all.
+task becomes texts (read_split), texts become token ids (encode), ids become batches of about equal
+length (batches), and logits become the numbers that GLUE reports (evaluate_metrics). Then come the
+container of masks, small models and checkpoints, the downloads, what makes files and the terminal
+safe, and the demo's language. `reading(path)` makes an error name the file; `whole(path)` writes a
+file whole or not at all.
 
 Letters: N examples, B batch, T tokens of the longest member of a batch, C classes.
 """
@@ -109,8 +109,8 @@ def find_task(name):
         return add_task(fields | {"folder": folder.name, "home": str(folder.parent)})
 
 def add_task(fields):
-    """What a task.json, or a mask, says of a task becomes a row of TASKS -> its name. ValueError.
-    """
+    """The fields of a task.json, which a mask has too, become a row of TASKS -> its name. Raises
+    ValueError, TypeError."""
     task = Task(**{"labels": ()} | {name: tuple(x) if isinstance(x, list) else x
                                     for name, x in fields.items()})
     for name in ("text", "labels", "words", "metrics", "dev", "test", "columns"):
@@ -123,9 +123,11 @@ def add_task(fields):
     for field, fine, expected in [
             ("folder", re.fullmatch(r"\w[\w.-]*", name) and name not in BUILT_IN,
              "a plain name that is none of those here"),
+            ("dev", task.dev, "the name of a file"),
             ("text", 1 <= len(task.text) <= 2, "one column, or two"),
             ("label", isinstance(task.label, str), "a column"),
-            ("labels", len(set(task.labels)) == len(task.labels) != 1, "two or more, or none"),
+            ("labels", len(task.labels) == len(set(task.labels)) and len(task.labels) != 1,
+             "two or more, or none"),
             ("words", len(set(task.words)) == n == max(len(task.labels), 1), "one of its own for "
              "each label, one for a regression"),
             ("metrics", task.metrics and {*task.metrics} <= {*metrics}, ", ".join(metrics)),
@@ -269,7 +271,8 @@ def load_tokenizer(folder):
             expect(value is None or value in SAID[key], f"{path.with_name(name)}: {key} is "
                    f"{value!r}; expected {' or '.join(map(str, SAID[key]))}")
             said |= {} if value is None else {key: value}
-    lower, strip, chinese = [said.get(key) for key in list(SAID)[:3]]
+    lower, strip, chinese = [said.get(key) for key in (
+        "do_lower_case", "strip_accents", "tokenize_chinese_chars")]
     if path.is_file():
         with reading(path, "a tokenizer"):
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
@@ -452,7 +455,7 @@ def special_ids(tokenizer):
     return [i for i in ids if i is not None]
 
 def copy_tokenizer(source, folder):
-    """Makes the vocabulary of a model folder that of another folder too."""
+    """Puts the tokenizer files of a model folder in place of another folder's."""
     for name in TOKENIZER_FILES:
         if (Path(source) / name).is_file():
             with whole(Path(folder) / name) as part:
@@ -519,13 +522,13 @@ def zip_predictions(paths):
 
 # ---- One container: masks, small models, checkpoints ----------------------------------------
 
-# What a file may unpack to, in all and a tensor. BERT-large has 302 and 4 million masked weights.
-MOST_WEIGHTS, LARGEST_MATRIX = 320_000_000, 8_000_000
+# What a file may unpack to, in all and in one tensor. BERT-large has 302 and 4 million masked ones.
+MOST_WEIGHTS, LARGEST_MATRIX = 320_000_000, 20_000_000
 
 def save_packed(path, kind, tensors, header, pack=True):
     """Writes {name: tensor} and a header (a dict that JSON can hold) to a safetensors file, with a
-    checksum over both. A bool tensor takes about its entropy. Of one that is mostly zeros only the
-    others and their places are written, unless `pack` is False."""
+    checksum over both. A bool tensor takes about its entropy. Of another tensor, if it is mostly
+    zeros, only the rest and its places are written, unless `pack` is False."""
     stored, shapes = {}, {}
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
@@ -573,8 +576,8 @@ def load_packed(path, kind):
             if name in stored:  # the values at those places; a mask has none
                 values = stored[name]
                 expect(len(values) == flags.sum(), f"{name} has other values than places")
-                flags = values.new_zeros(len(flags)).masked_scatter(flags, values)
-            tensors[name] = flags.view(shape)
+                found = values.new_zeros(len(flags)).masked_scatter(flags, values)
+            tensors[name] = (found if name in stored else flags).view(shape)
     return tensors, header
 
 def encode_gaps(flags):

@@ -52,7 +52,7 @@ class MaskedWeight(torch.autograd.Function):
         return times(grad, M) if need_W else None, None, grad * W if need_S else None
 
 def times(W, M):
-    """W * M. As floats, bytes are made six times as fast as bools are."""
+    """W * M. Bytes become floats six times as fast as bools do."""
     return M.view(torch.uint8).to(W.dtype).mul_(W)
 
 class StraightThrough(torch.autograd.Function):
@@ -109,7 +109,7 @@ def prune(model, names, init="magnitude"):
     """Freezes a model and replaces each nn.Linear in `names` by a MaskedLinear, in place.
     Returns {name: MaskedLinear}. Raises TypeError for a name that is no plain nn.Linear, ValueError
     for BatchNorm statistics that would move. nn.MultiheadAttention's in_proj_weight stays dense."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules, names = dict(model.named_modules(remove_duplicate=False)), list(names)
     for name, module in modules.items():
         if module.training and getattr(module, "track_running_stats", False):
             raise ValueError(f"{name}: its running statistics move in training; call eval() on it")
@@ -188,7 +188,7 @@ RULES = {  # Table 3: S, L, G, T
 @torch.no_grad()
 def keep_counts(scores, sparsity, rule="smp-s", tau=0.1):
     """How many weights each matrix keeps: {name: scores} -> {name: count, a 0-dim tensor}.
-    They sum to round((1 - sparsity) * all weights), but for "threshold". Raises ValueError."""
+    They sum to round((1 - sparsity) * all weights), but for "threshold" and "2:4". ValueError."""
     if not 0 <= sparsity <= 1:
         raise ValueError(f"sparsity is {sparsity}; expected 0 to 1, the fraction to remove")
     keep, matrices = 1 - sparsity, list(scores.values())
@@ -210,8 +210,8 @@ def keep_counts(scores, sparsity, rule="smp-s", tau=0.1):
     return dict(zip(scores, counts, strict=True))
 
 def smp_s_shares(scores, keep):
-    """{name: scores} -> how many weights each wants (m,), not yet whole. Each type (layers.3.Q is a
-    Q) has L matrices; matrix l keeps the fraction k_l = keep * L * R(S_l) / sum of R (Eq. 4)."""
+    """{name: scores} -> how many weights each gets (m,), not yet whole. Each type (layers.3.Q is a
+    Q) has L matrices; matrix l wants the fraction k_l = keep * L * R(S_l) / sum of R (Eq. 4)."""
     types, shares = {}, {}
     for name, s in scores.items():
         types.setdefault(name.rpartition(".")[2], {})[name] = s
@@ -223,17 +223,17 @@ def smp_s_shares(scores, keep):
     return torch.stack([shares[name] for name in scores])
 
 def importance(scores):
-    """R(S) of one matrix: the mean of sigmoid(S), a scalar in (0, 1) (see Details 3)."""
+    """R(S) of one matrix: the mean of sigmoid(S), a scalar in (0, 1) (README, Details 3)."""
     return torch.sigmoid(scores).mean()
 
 def capped_shares(sizes, R, keep):
-    """size * min(1, c R), (m,), with the c at which it sums to keep * sum(sizes) (see Details 2).
+    """size * min(1, c R), (m,), with the c at which it sums to keep * sum(sizes) (Details 2).
         capped_shares([10, 10, 10], [6, 2, 1], 0.6)  ->  [10, 5.3, 2.7]"""
     largest_R, order = R.sort(descending=True, stable=True)
     n = sizes[order]
-    # With the j largest kept whole the others share the rest: a c for each j. For a given c the
-    # true sum is the least over j of whole + c * others, so the largest of these c is wanted. (In
-    # the example they are .2, .27 and -.2 for j = 0, 1, 2: with c = .27 one is kept whole.)
+    # With the j largest kept whole the others share the rest: a c for each j. The sum at a c is
+    # the least over j of whole + c * others, so it reaches the total at the largest of these c.
+    # (In the example they are .2, .27 and -.2 for j = 0, 1, 2: with c = .27 one is kept whole.)
     whole = n.cumsum(0) - n
     others = (n * largest_R).flip(0).cumsum(0).flip(0)
     c = ((keep * n.sum() - whole) / others).amax()
@@ -255,8 +255,9 @@ def sizes_of(scores):
 
 @torch.no_grad()
 def choose_masks(layers, sparsity, rule="smp-s", tau=0.1):
-    """Sets the mask of each of {name: MaskedLinear}: the largest of its scores, as many as its
-    count. A nan is never kept, and no error: to look for one would make the host wait."""
+    """Sets the mask of each of {name: MaskedLinear}: the largest of its scores, as many as
+    keep_counts says. A nan is no error here, since to look for one would make the host wait: it is
+    not kept, and fewer stay."""
     scores = {name: layer.scores.detach() for name, layer in layers.items()}
     if rule == "2:4":
         for name, s in scores.items():
@@ -287,7 +288,7 @@ def sparsity_at(step, ramp_steps, target):
 
 def regularizer(scores):
     """The mean of R(S) over a list of score matrices, a scalar in (0, 1) (Eq. 6).
-    It pulls all scores down, soon below 0. There the slope of sigmoid grows with S, so it pulls
+    It pulls all scores down, soon below 0. Below 0 the slope of sigmoid grows with S, so it pulls
     kept ones harder: a weight stays only if the task keeps asking for it."""
     return sum(importance(s) for s in scores) / len(scores)
 
@@ -297,6 +298,7 @@ def add_regularizer_gradient(scores, strength):
     for s in scores:
         slope = torch.sigmoid(s)
         slope.addcmul_(slope, slope, value=-1)  # sigmoid - sigmoid^2; in place, as memory is slow
+        s.grad = torch.zeros_like(s) if s.grad is None else s.grad
         s.grad.add_(slope, alpha=strength / (len(scores) * s.numel()))
 
 def task_loss(logits, labels):
@@ -308,7 +310,7 @@ def task_loss(logits, labels):
 
 def distillation_loss(student_logits, teacher_logits, temperature=2.0):
     """T^2 KL(teacher || student) of softmax(logits / T), logits (B, C), a mean over the batch; for
-    a regression, logits (B, 1), the squared difference (Eq. 7, see Details 8)."""
+    a regression, logits (B, 1), the squared difference (Eq. 7, Details 8)."""
     if student_logits.shape[1] == 1:
         return F.mse_loss(student_logits, teacher_logits)
     student = F.log_softmax(student_logits / temperature, dim=1)
@@ -327,10 +329,11 @@ def objective(logits, labels, teacher_logits=None, temperature=2.0, teacher_weig
 
 def balanced_lambda(scores, pull=1.0):
     """The lambda at which the regulariser pulls a score at 0, on average, `pull` times as hard as
-    the typical task gradient, which is read off scores.grad. Its own mean gradient at 0 is
-    1 / (4 * total); in a matrix of n weights it is 1 / (4 * m * n)."""
+    the typical task gradient, which is read off scores.grad. Its mean gradient at 0 is
+    1 / (4 * total)."""
     total = sum(s.numel() for s in scores)
-    norm = nn.utils.get_total_norm([s.grad for s in scores])  # rms * sqrt(total)
+    grads = [s.grad for s in scores if s.grad is not None]
+    norm = nn.utils.get_total_norm(grads)  # rms * sqrt(total)
     return 4 * pull * math.sqrt(total) * norm.item()
 
 # ---- A mask at work -------------------------------------------------------------------------
@@ -352,7 +355,7 @@ def folded(layers, masks, product=None):
 def lock(layers):
     """Prune Once For All (arXiv 2111.05754): the mask of a model that is sparse already is W != 0,
     taken once. Its weights may train then: a zero gets the gradient dL/dW' * 0 = 0, so Adam moves
-    it by 0, and weight decay is a share of it. It stays a zero, for every task."""
+    it by 0, and weight decay multiplies it. It stays a zero, for every task."""
     for layer in layers.values():
         layer.mask = layer.dense_weight.detach() != 0
 

@@ -464,7 +464,7 @@ def test_any_module_with_linears_can_be_pruned_and_its_masks_travel_with_it():
               for _ in range(2)]
     x = torch.randn(4, 5)
     before = models[0](x)
-    layers, _ = (smp.prune(model, ["0", "2.0"]) for model in models)
+    layers, _ = (smp.prune(model, iter(["0", "2.0"])) for model in models)
     assert torch.equal(models[0](x), before)  # every weight kept at first: nothing has changed yet
     smp.choose_masks(layers, 0.5)
     assert not torch.equal(models[0](x), before)
@@ -472,6 +472,14 @@ def test_any_module_with_linears_can_be_pruned_and_its_masks_travel_with_it():
     assert torch.equal(models[1](x), models[0](x))
     with pytest.raises(TypeError, match="ReLU"):
         smp.prune(models[0], ["1"])
+
+def test_a_matrix_that_no_input_reached_has_the_regularizers_gradient_alone():
+    model = nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2)])
+    scores = [layer.scores for layer in smp.prune(model, "01", "zero").values()]
+    model[0](torch.ones(3)).sum().backward()
+    assert smp.balanced_lambda(scores) > 0 and scores[1].grad is None
+    smp.add_regularizer_gradient(scores, 1.0)
+    assert scores[1].grad.flatten().tolist() == pytest.approx([0.25 / 12] * 6)
 
 @pytest.mark.parametrize("part", ["self_attn.out_proj", "linear1", "linear2"])
 def test_modules_that_read_the_weight_get_the_masked_one(part):
@@ -1618,6 +1626,7 @@ def test_a_regression_of_ones_own_has_its_range(world, fails):
 
 @pytest.mark.parametrize("changes, message", [
     ({"lables": []}, "lables"), ({"dev": "dev"}, "dev: expected a list"),
+    ({"dev": []}, "dev: expected the name"),
     ({"text": None}, "text"), ({"text": "review"}, "text: expected a"),
     ({"text": []}, "text: expected one column"), ({"label": 3}, "label: expected a column"),
     ({"labels": [0, 1, 2]}, "labels: expected a list of strings"),
@@ -1789,6 +1798,11 @@ def test_a_mask_is_evaluated_to_the_last_digit_and_exported(trained):
     with torch.no_grad():
         expected = theirs.eval()(ids).logits[:, 0]
         torch.testing.assert_close(ours.label_logits(ours(ids), slice(None)), expected)
+
+def test_what_an_earlier_run_left_beside_a_mask_is_not_its_model(trained):
+    trained("--method movement --epochs 1")
+    final = run("--epochs 1 --overwrite")  # its base is named "model" as well
+    assert Path("run/model").is_dir() and evaluate() == final["metrics"]
 
 def test_a_mask_fits_its_own_model_alone(trained, fails):
     trained("--epochs 1")
@@ -1966,6 +1980,9 @@ def test_predictions_are_all_checked_before_one_is_written(trained, fails):
     assert "holds SST-2.tsv already" in fails(predict, call=cli) and file.read_text() == "precious"
     cli(f"{predict} --overwrite")
     assert file.read_bytes() == before
+    file.unlink()
+    write("out/submission.zip", "precious")
+    assert "holds submission.zip already" in fails(f"{predict} run/mask.safetensors", call=cli)
 
 @pytest.mark.parametrize("flags, weights", [
     ("", "model.safetensors"), ("--sparse", "sparse.safetensors")])
@@ -2460,6 +2477,9 @@ def test_a_complete_run_is_not_resumed(trained, capsys, fails):
     final = trained("--epochs 1")
     assert run("--epochs 1 --resume") == final
     assert "nothing to resume" in capsys.readouterr().out
+    Path("run/mask.safetensors").unlink()  # then it is made again
+    again = run("--epochs 1 --resume")
+    assert again == final and Path("run/mask.safetensors").exists()
     assert "written with lr 0.02, this run has 0.1" in fails("--epochs 1 --resume --lr 0.1")
 
 def test_a_run_that_ends_while_another_starts_is_not_lost(world, fails, monkeypatch):
@@ -2755,7 +2775,7 @@ def test_the_demo_trains_nothing_twice_and_its_table_takes_the_last_mask(demo, c
     """Not the best: the other rows are single evaluations too."""
     folder, _, final = demo
     monkeypatch.setattr(train, "run_once", None)
-    train.prepare_demo(folder / "demo")
+    train.prepare_demo(folder / "demo", "cpu")
     assert not capsys.readouterr().out
     last, best = [{"metrics": {"accuracy": accuracy}} for accuracy in (0.625, 0.875)]
     s = train.parse_flags(["--data", str(folder / "demo"), "--device", "cpu"])
@@ -2957,9 +2977,13 @@ def test_processes_that_read_different_data_stop_before_the_first_step(world, fa
 def test_a_small_model_takes_one_thread_unless_told_otherwise(world, monkeypatch):
     chosen = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(train, "THREADS", 7)
     for told in ("", "2"):
         monkeypatch.setenv("OMP_NUM_THREADS", told) if told else monkeypatch.delenv(
             "OMP_NUM_THREADS", raising=False)
         loaded()
-    assert chosen == [1]
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    train.save_model("large", tiny_bert(vocab_size=250_000), "model")
+    loaded("--model large --teacher model")
+    assert chosen == [1, 7]
 

@@ -5,7 +5,7 @@
 The methods and the loop stand first. What they call follows: a model and what a task asks of it, a
 run, what it leaves on disk, masks at work, the report, the demo, flags and main; several processes
 come last. The equations are in smp.py, the network in bert.py, the data in data.py. `s` is always
-the settings of a run, from settings_of.
+the settings of a run, from settings_of, or of a mask.
 """
 
 import argparse
@@ -49,16 +49,17 @@ METHODS = {
 }
 
 DIVERGED = "nan or inf in what is being learned: the run has diverged"
+THREADS = torch.get_num_threads()
 
 # ---- The method: one step, and the loop around it -------------------------------------------
 
 def train_step(run, batch):
-    """One step of the method. Returns the task's loss before it, a scalar tensor."""
+    """One step of the method. Returns the loss before it, a scalar tensor."""
     s = run.s
     run.choose_masks()  # by the rule of the method, at this step's sparsity
     batch, share = part_of(batch)  # in one process all of it, and 1
     batch = run.on_device(batch)
-    torch.manual_seed(data.seed_of(s.seed, run.step, RANK))  # so a resumed run drops the same
+    torch.manual_seed(data.seed_of(s.seed, run.step, RANK + 1))  # so a resumed run drops the same
 
     logits = run.logits(batch)  # each layer uses W' = W * M
     taught = run.teacher(batch)
@@ -122,9 +123,9 @@ class TaskModel:
         expect(4 <= s.max_length <= positions,
                f"{folder}: it has {positions} positions, not {s.max_length}")
         # At a small model's thousands of small products two threads mostly wait for each other.
-        if sum(p.numel() for p in self.model.parameters()) < 5e6 and s.device == "cpu" and (
-                "OMP_NUM_THREADS" not in os.environ):
-            torch.set_num_threads(1)
+        if s.device == "cpu" and "OMP_NUM_THREADS" not in os.environ and not is_teacher:
+            is_small = sum(p.numel() for p in self.model.parameters()) < 5e6
+            torch.set_num_threads(1 if is_small else THREADS)
         self.fingerprint = fingerprint(self.model, self.tokenizer)
         self.model.to(s.device)
         self.asks = (Words if self.task.mlm else Labels)(self)
@@ -196,8 +197,8 @@ class Labels:
 
     def evaluate(self, model, dev_sets):
         """{metric: value}; those of MNLI's second dev set begin with "mismatched_", those of
-        --holdout with "holdout_". "score" is the mean of the "holdout_" ones, without them of
-        all: the best evaluation has the highest."""
+        --holdout with "holdout_". "score", by which the best evaluation is chosen, is the mean
+        of the "holdout_" ones, if there are any, else of all."""
         metrics, prefixes = {}, {"dev_mismatched": "mismatched_", "holdout": "holdout_"}
         for split, examples in dev_sets.items():
             logits = self.predict(model, examples)
@@ -207,8 +208,8 @@ class Labels:
         return metrics | {"score": np.mean(held_out or list(metrics.values())).item()}
 
     def listen(self, model, teacher, texts):
-        """A function: a batch of the texts' -> the teacher's logits. Without dropout they never
-        change, so it is asked once for all, in its own vocabulary."""
+        """A function: a batch -> the teacher's logits. Without dropout they never change, so it
+        reads the texts once for all, in its own vocabulary."""
         known = teacher.asks.predict(teacher, teacher.asks.encode(texts, None))
         known = torch.from_numpy(known).to(self.s.device)
         return lambda batch: known[batch["index"]]
@@ -351,7 +352,8 @@ class Run(TaskModel):
         """Sets lam at the first batch, by the task's gradient, unless it was given. At first a
         regression only learns the mean label, with large gradients: there the least of the first
         twentieth of the steps counts."""
-        if self.s.lam is None and self.step <= self.task.regression * self.s.steps // 20:
+        last = self.s.steps // 20 if self.task.regression else 0
+        if self.s.lam is None and self.step <= last:
             found = smp.balanced_lambda(self.scores, self.s.pull)
             self.lam = min(found, self.lam or found)
 
@@ -441,7 +443,10 @@ def finished(s):
     resumable = log or checkpoint.exists()
     data.claim(out, RESULTS, s.overwrite or (s.resume and resumable), "give "
                + "--resume to go on with it, " * bool(resumable) + "--overwrite, or another --out")
-    if not s.resume or not log or log[-1]["event"] != "final":
+    results = ["mask.safetensors"] * bool(s.scores_from or s.int8)
+    results += ["model/model.safetensors"] * s.trains_weights
+    are_there = all((out / name).is_file() for name in results)
+    if not s.resume or not log or log[-1]["event"] != "final" or not are_there:
         return None
     data.compare_settings(out / "metrics.jsonl", log[0], recorded(s))
     whole = {"metrics", "best", "last", "kept", "total"} <= log[-1].keys()
@@ -533,8 +538,8 @@ def fingerprint(model, tokenizer):
     return data.checksum(json.dumps([config, words]), weights)
 
 def save_result(run, masks, record):
-    """Writes what the task needs beside the base model: the mask, or where weights train, a model
-    and the mask in it."""
+    """Writes what the task needs beside the base model: the mask, and where weights train, the
+    masked model."""
     s, belongs_to, name = run.s, run.fingerprint, str(run.s.model)
     if Path(name).is_dir():
         name = Path(name).resolve().name  # where it lies is of no use to others
@@ -616,7 +621,8 @@ class MaskFile(TaskModel):
         with data.reading(path, "a mask that train.py wrote"):
             task, base, own = [self.header[name] for name in ("task", "base", "fingerprint")]
             settings = self.header["settings"]
-            if own_task := self.header.get("own_task"):
+            own_task, there = self.header.get("own_task"), None
+            if own_task:
                 there = data.TASKS.get(task)  # if its task.json was given as well
                 task = data.add_task(own_task | {"home": there.home if there else ""})
             self.int8, precision = bool(settings["int8"]), settings["precision"]
@@ -624,12 +630,14 @@ class MaskFile(TaskModel):
             s = argparse.Namespace(
                 task=task, device=s.device, sparse=s.sparse, max_length=int(settings["max_length"]),
                 precision="fp32" if s.sparse else precision,  # no sparse product is in bf16
-                data=s.given.get("data") or run.get("data") or data.TASKS[task].home,
+                data=s.given.get("data") or (there and there.home) or run.get("data")
+                or data.TASKS[task].home,
                 corpus=s.given.get("corpus") or run.get("corpus"), given=s.given)
         asked = s.given.get("task", task)
         expect(asked == task, f"{path}: a mask for {task}; --task asks for {asked}")
         # --model; or the model that was shipped with the mask; or the one that its run used.
-        shipped_model = beside if base == "model" and beside.is_dir() else run.get("model")
+        is_beside = base == "model" and (beside / "model.safetensors").is_file()
+        shipped_model = beside if is_beside else run.get("model")
         folder = s.given.get("model") or shipped_model
         expect(folder, f"{path}: made for {base}; say with --model where that is")
         super().__init__(bert.find_pretrained(folder), s)
@@ -743,7 +751,8 @@ def predict_masks(s):
             file = out / data.prediction_name(mask.task, split)
             expect(file not in found, f"{path}: a second mask for {mask.s.task}; GLUE takes one "
                    "file a task")
-            data.claim(out, [file.name], s.overwrite, "give --overwrite, or another --out")
+            names = [file.name, "submission.zip"][:len(s.predict)]
+            data.claim(out, names, s.overwrite, "give --overwrite, or another --out")
             with mask.folded():
                 found[file] = path, mask.task, mask.asks.predict(mask, examples)
     for file, (path, task, logits) in found.items():
@@ -807,7 +816,7 @@ def report(run, final, masks, which, seconds):
 
 # ---- The demo: a BERT of our own, and the lesson in one table -------------------------------
 
-def prepare_demo(folder):
+def prepare_demo(folder, device):
     """Writes the made-up task and pre-trains a tiny BERT on its language, unless both are there."""
     files = ("model/model.safetensors", "DEMO/train.tsv", "DEMO/dev.tsv")
     if from_first(not all((folder / name).is_file() for name in files)):
@@ -815,7 +824,7 @@ def prepare_demo(folder):
         by_first(write_random_model, folder)
         run_silently(task="mlm", corpus=f"{folder}/corpus.txt", mlm_rate=0.3, mlm_cls=True,
                      method="finetune", model=f"{folder}/DEMO/random", out=str(folder), resume=True,
-                     epochs=1, batch_size=32, weight_lr=4e-4, dropout=0.0)
+                     epochs=1, batch_size=32, weight_lr=4e-4, dropout=0.0, device=device)
 
 def write_random_model(folder):
     data.write_demo(folder)
@@ -871,7 +880,7 @@ def compare(s, learned):
 
 # ---- The flags ------------------------------------------------------------------------------
 
-LATER = ...  # a setting that depends on the model or the data, while they are not known
+LATER = object()  # a setting that depends on the model or the data, while they are not known
 PRECISIONS = ("fp32", "bf16")
 
 def number(low, high=math.inf, kind=float):
@@ -963,7 +972,7 @@ FLAGS = {
         ("--overwrite", YES, "replace what is there (default for the demo, without --out)",
          lambda s: bool(s.method) and s.task == "demo" and not s.out)]),
     "tasks with labels": (lambda s: s.task != "mlm", [
-        ("--data", TEXT, "folder of task folders (default: glue, fetched if missing)",
+        ("--data", TEXT, "folder of task folders (default: glue, where training fetches them)",
          lambda s: data.TASKS[s.task].home),
         ("--holdout", number(0, 0.9), "share of train to choose the best by, not dev", None)]),
     "--task mlm": (lambda s: s.task == "mlm" or not s.method, [
@@ -1028,7 +1037,7 @@ def settings_of(given, positions=None, n=None):
     if n is not None:
         s.epoch_steps = math.ceil(n / (s.batch_size or n))
         s.steps = (s.epochs or 0) * s.epoch_steps
-        # Of a threshold, which has no target, the last mask counts.
+        # A threshold has no target: only its last mask counts.
         s.ramp_steps = s.steps if s.rule == "threshold" else round((s.ramp or 0.0) * s.steps)
         s.hold_steps = s.ramp_steps if s.task == "mlm" and s.method == "magnitude" else 0
     return s
@@ -1093,7 +1102,7 @@ def command(s):
         return evaluate_masks(s) if s.eval else predict_masks(s)
     started = time.monotonic()
     if s.task == "demo":
-        prepare_demo(Path(s.data))
+        prepare_demo(Path(s.data), s.device)
     final = run_seeds(s)
     learns_masks = s.scores_from == "learned" and not s.trains_weights
     if s.task == "demo" and learns_masks and len(s.seed) == 1:
