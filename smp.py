@@ -168,21 +168,27 @@ def kth_largest(stack, k):
         return np.stack([np.partition(row, -n)[[-n]] for row, n in zip(stack, k, strict=True)])
     return stack.sort(1, descending=True).values.gather(1, k[:, None] - 1)
 
-def two_of_four(scores):
-    """The bool mask of the two largest of each four neighbours in a row, the first of equals first.
-    Scores (out, in), in a multiple of 4. It is the pattern that NVIDIA's sparse cores take."""
-    four, kept = scores.detach().unflatten(-1, (-1, 4)).unbind(-1), []
-    for i, one in enumerate(four):
+def two_of_four(scores, n_keep):
+    """The bool mask of the two largest of each four neighbours in a row, the first of equals first:
+    the pattern that NVIDIA's sparse cores take. Scores (out, in), in a multiple of 4. To keep
+    n_keep, some fours stay whole: those that would lose most."""
+    fours, kept = scores.detach().unflatten(-1, (-1, 4)), []
+    for i, one in enumerate(four := fours.unbind(-1)):
         before = [other >= one if j < i else other > one for j, other in enumerate(four) if j != i]
         kept.append(sum(larger.view(torch.uint8) for larger in before) < 2)
-    return torch.stack(kept, -1).flatten(-2)
+    kept = torch.stack(kept, -1)
+    if n_whole := int(n_keep - scores.numel() // 2) // 2:
+        lost = fours.masked_fill(kept, 0).sum(-1)
+        k = torch.full((1,), n_whole, device=scores.device)
+        kept |= largest(lost.view(1, -1), k).view_as(lost)[..., None]
+    return kept.flatten(-2)
 
 RULES = {  # Table 3: S, L, G, T
     "smp-s": "the matrices of a type in proportion to R(S)",
     "smp-l": "each matrix the same fraction",
     "global": "one threshold over all matrices",
     "threshold": "whatever has sigmoid(S) > tau; the regulariser sets the sparsity",
-    "2:4": "two of each four neighbours, whatever the sparsity (not in the paper)",
+    "2:4": "two of each four neighbours, at a sparsity of 0.5 (not in the paper)",
 }
 
 @torch.no_grad()
@@ -196,7 +202,8 @@ def keep_counts(scores, sparsity, rule="smp-s", tau=0.1):
     if rule == "threshold":
         counts = [threshold_mask(s, tau).count_nonzero() for s in matrices]
     elif rule == "2:4":
-        counts = torch.tensor([s.numel() // 2 for s in matrices])
+        counts = torch.tensor([s.numel() // 2 + 2 * round(max(0.5 - sparsity, 0) * s.numel() / 2)
+                               for s in matrices])
     elif rule == "global":
         everything = torch.cat([s.flatten() for s in matrices])[None]
         mask = largest(everything, torch.full((1,), total, device=everything.device))[0]
@@ -259,11 +266,11 @@ def choose_masks(layers, sparsity, rule="smp-s", tau=0.1):
     keep_counts says. A nan is no error here, since to look for one would make the host wait: it is
     not kept, and fewer stay."""
     scores = {name: layer.scores.detach() for name, layer in layers.items()}
+    counts, groups = keep_counts(scores, sparsity, rule, tau), {}
     if rule == "2:4":
         for name, s in scores.items():
-            layers[name].mask = two_of_four(s)
+            layers[name].mask = two_of_four(s, counts[name])
         return
-    counts, groups = keep_counts(scores, sparsity, rule, tau), {}
     for name, s in scores.items():  # a GPU takes a shape at once; one matrix fits a CPU's cache
         groups.setdefault(name if s.is_cpu else s.shape, []).append(name)
 

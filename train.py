@@ -345,7 +345,8 @@ class Run(TaskModel):
             for layer in self.layers.values():  # the scores follow the weights that train
                 layer.scores.data.copy_(layer.dense_weight.detach().abs())
         if s.rule:
-            sparsity = smp.sparsity_at(self.step, s.ramp_steps, s.sparsity or 0.0)
+            target = 0.5 if s.rule == "2:4" else s.sparsity or 0.0
+            sparsity = smp.sparsity_at(self.step, s.ramp_steps, target)
             smp.choose_masks(self.layers, sparsity, s.rule, s.tau)
 
     def measure_lambda(self):
@@ -940,7 +941,6 @@ USUAL = {
 }
 YES, TEXT, TEXTS = {"action": "store_true"}, {"metavar": "X"}, {"metavar": "X", "nargs": "+"}
 WHOLE, POSITIVE, SHARE = number(1, kind=int), number(0, 1e6), number(0, 1)
-UNSET = (None, "threshold", "2:4")  # rules without a sparsity to be set
 SEEDS = number(0, 2**32 - 1, int) | {"nargs": "+"}
 # All that is known of a flag. A group says what its flags are for, and whether that is so: without
 # effect a flag is refused, and its setting is None. A row is a flag, its kind, its help, and its
@@ -982,7 +982,7 @@ FLAGS = {
     "a base model": (lambda s: True, [
         ("--model", TEXT, "folder, or name on the hub (default: bert-base-uncased)",
          lambda s: f"{s.data}/model" if s.task == "demo" else "bert-base-uncased")]),
-    "methods that set the sparsity": (lambda s: s.rule not in UNSET, [
+    "methods that set the sparsity": (lambda s: s.rule in ("smp-s", "smp-l", "global"), [
         ("--sparsity", number(0, 0.9999), "fraction of the weights to REMOVE", 0.9)]),
     "methods with a threshold": (lambda s: s.rule == "threshold", [
         ("--tau", SHARE, "keeps where sigmoid(S) > tau; lambda steers how many", 0.1)]),
@@ -1006,7 +1006,7 @@ FLAGS = {
          usual_dropout),
         ("--checkpoint-every", POSITIVE, "seconds; more if it took over 2 %%", 60.0),
         ("--teacher", TEXT, "a fine-tuned model to distil from", None)]),
-    "methods with a ramp": (lambda s: s.rule not in UNSET and s.method != "random", [
+    "methods with a ramp": (lambda s: s.rule not in (None, "threshold") and s.method != "random", [
         ("--ramp", SHARE, "share of the steps in which the sparsity grows", 0.5)]),
     "a --teacher": (lambda s: s.teacher, [
         ("--teacher-weight", SHARE, "of the distillation, against the task's", 0.5)]),

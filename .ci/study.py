@@ -22,19 +22,21 @@ RECORDS = Path(__file__).with_name("study.jsonl")
 RESULTS = Path(__file__).parents[1] / ".github/results.md"
 NAMES = {"sst2": "SST-2", "mrpc": "MRPC", "cola": "CoLA", "stsb": "STS-B"}
 TRAINED = {  # which weights a method trains; tables have its methods in this order
-    "finetune": "all", "smp-s": "none", "smp-l": "none", "global": "none", "threshold": "none",
-    "random": "none", "movement": "encoder", "soft-movement": "encoder", "lock": "encoder",
-    "magnitude": "encoder"}
+    "finetune": "all", "smp-s": "none", "2:4": "none", "smp-l": "none", "global": "none",
+    "threshold": "none", "random": "none", "movement": "encoder", "soft-movement": "encoder",
+    "lock": "encoder", "magnitude": "encoder"}
+TAUGHT = ", teacher of the same examples"
 ASKED = [("smp-s", 50, "finetune"), ("smp-s", 90, "finetune"), ("smp-s", 90, "movement"),
          ("movement", 90, "magnitude"), ("movement", 90, "lock"), ("smp-s", 90, "smp-l"),
          ("smp-s", 97, "movement")]  # the differences in short
-LOOKS = {
-    "finetune": ("#333333", "*"),
-    "smp-s": ("#7a3fb0", "o"),
-    "smp-l": ("#2f7fb8", "s"),
-    "movement": ("#d07c1f", "^"),
-    "magnitude": ("#5f5f58", "v"),
-}
+ASKED_OF_TEACHERS = [
+    (f"smp-s{TAUGHT}", 50, "smp-s"), (f"smp-s{TAUGHT}", 90, "smp-s"),
+    (f"smp-s{TAUGHT}", 97, "smp-s"), (f"finetune{TAUGHT}", 0, "finetune"),
+    (f"smp-s{TAUGHT}", 50, "finetune"), (f"smp-s{TAUGHT}", 90, "finetune"),
+    (f"smp-s{TAUGHT}", 50, f"finetune{TAUGHT}"), (f"smp-s{TAUGHT}", 90, f"finetune{TAUGHT}"),
+    ("2:4", 50, "smp-s"), ("2:4", 50, "finetune")]
+PURPLE, BLUE, GREY = "#7a3fb0", "#2f7fb8", "#333333"
+ALL = 67_349  # sentences of SST-2
 USUAL = {"lr": 2e-2, "pull": 1.0, "lam": None, "ramp": 0.5, "holdout": None}
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
@@ -79,12 +81,12 @@ def describe(settings):
     """A method, and what sets a run of it apart. A setting that has no effect is null."""
     parts, sparsity = [settings["method"]], settings["sparsity"]
     if settings["teacher"]:
-        parts.append(f"taught by {Path(settings['teacher']).parent.name}")
+        parts.append(f"teacher of the {Path(settings['teacher']).parent.name.replace('-', ' ')}")
     if settings["init"] == "zero" and settings["scores_from"] == "learned":
         parts.append("zero start")
     if settings["int8"]:
         parts.append("8 bits")
-    keeps_most = sparsity is not None and sparsity <= 0.5
+    keeps_most = settings["method"] == "2:4" or sparsity is not None and sparsity <= 0.5
     dropout = 0.1 if settings["trains_weights"] else 0.2 if keeps_most else 0.0
     for name, usual in (USUAL | {"dropout": dropout}).items():
         if settings.get(name) not in (None, usual):
@@ -157,10 +159,14 @@ def all_tables(found, usual):
     others = [row[4:] for row in found if row[:4] in first and row[:4] != usual[0]]
     pairs = [(one, other) for one in whats for other in whats if one[0] != "finetune" and
              (other[0] == "finetune" or one[1] == other[1] and order(one) < order(other))]
-    asked = [((ours, removed), (theirs, removed * (theirs != "finetune")))
-             for ours, removed, theirs in ASKED]
+    asked, of_teachers = [
+        [((ours, removed), (theirs, removed * ("finetune" not in theirs)))
+         for ours, removed, theirs in some] for some in (ASKED, ASKED_OF_TEACHERS)]
+    sides = sorted({what for pair in of_teachers for what in pair}, key=order)
     return {"short": means_table(found, five, usual[:2]),
             "differences": differences_table(found, asked, usual[:2]),
+            "teachers": means_table(found, sides, usual[:2]),
+            "differences with teachers": differences_table(found, of_teachers, usual[:2]),
             "lengths": lengths_table(found, sorted(set(others), key=order), first),
             "rows": means_table(found, whats, usual),
             "all differences": differences_table(found, pairs, lengths)}
@@ -171,42 +177,55 @@ def order(what):
 
 # ---- The figure -----------------------------------------------------------------------------
 
-def plot(ax, points, method):
+def plot(ax, points, colour, label):
     """points: (x, seeds). Means, with bars of a standard deviation."""
-    xs, all_seeds = zip(*sorted(points, key=lambda point: point[0]), strict=True)
-    values = [[next(iter(metrics.values())) for metrics in seeds.values()] for seeds in all_seeds]
-    errors = [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values]
-    colour, marker = LOOKS[method]
-    ax.errorbar(xs, [np.mean(v) for v in values], errors, color=colour, marker=marker, capsize=3,
-                lw=1.5, label=method)
+    xs, values, errors = zip(*[(x, *mean_and_std(seeds)) for x, seeds in sorted(
+        points, key=lambda point: point[0])], strict=True)
+    ax.errorbar(xs, values, errors, color=colour, marker="o", capsize=3, lw=1.5, label=label)
+
+def mean_and_std(seeds):
+    values = [next(iter(metrics.values())) for metrics in seeds.values()]
+    return np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0
 
 def draw(found, usual, path):
-    """Of the usual length's task: what is left at each sparsity, and what more epochs bring."""
+    """What the usual length of SST-2 leaves at each sparsity, and what more sentences bring."""
     import matplotlib
     matplotlib.use("svg")
     matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
     matplotlib.rcParams["svg.hashsalt"] = "study"  # equal logs make an equal file
+    matplotlib.rcParams["font.size"] = 13
     from matplotlib import pyplot as plt
 
-    kept, epochs = defaultdict(list), defaultdict(list)
-    for row, seeds in found.items():
-        if row[:4] == usual:
-            kept[row.method].append((100 - row.removed, seeds))
-        if row[:2] == usual[:2] and row.removed in (0, 90):
-            epochs[row.method].append((row.epochs, seeds))
-    epochs = {method: points for method, points in epochs.items() if len(points) > 2}
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4))
-    for ax, label, curves, ticks in [
-            (axes[0], "weights kept, %", kept, (3, 10, 20, 50, 100)),
-            (axes[1], "epochs, all weights or 10 %", epochs, (3, 6, 12, 24))]:
-        for method in LOOKS:
-            if method in curves:
-                plot(ax, curves[method], method)
-        ax.set(title=NAMES[usual[0]], xlabel=label, ylabel="dev", xscale="log")
-        ax.set_xticks(ticks, [str(tick) for tick in ticks])
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), sharey=True)
+    for method, colour, label in [("smp-s", PURPLE, "SMP (smp-s)"),
+                                  (f"smp-s{TAUGHT}", BLUE, "SMP with a teacher")]:
+        points = [(100 - row.removed, seeds) for row, seeds in found.items()
+                  if row[:4] == usual and row.method == method]
+        if points:
+            plot(left, points, colour, label)
+    dense, spread = mean_and_std(found[*usual, "finetune", 0.0])
+    left.axhline(dense, color=GREY, lw=1.5, label="dense fine-tuning")
+    left.axhspan(dense - spread, dense + spread, color=GREY, alpha=0.15, lw=0)
+    left.set(title="Half of the weights are enough; a tenth is not (8,000 sentences)",
+             xlabel="weights kept, %", ylabel="accuracy on SST-2's dev set", xscale="log")
+    left.set_xticks(ticks := (3, 10, 20, 50), [str(tick) for tick in ticks])
+
+    for method, removed, colour, label in [("smp-s", 90.0, PURPLE, "SMP, a tenth of the weights"),
+                                           ("finetune", 0.0, GREY, "dense fine-tuning")]:
+        lengths = {}  # of the runs over equally many sentences the row with most seeds, or epochs
+        for row, seeds in found.items():
+            if (row.task, row.method, row.removed) == (usual[0], method, removed):
+                best = lengths.setdefault(row.limit or ALL, (row, seeds))
+                if (len(seeds), row.epochs) > (len(best[1]), best[0].epochs):
+                    lengths[row.limit or ALL] = row, seeds
+        plot(right, [(n, seeds) for n, (_, seeds) in lengths.items()], colour, label)
+    right.set(title="More sentences close the gap", xlabel="sentences to learn from", xscale="log")
+    right.set_xticks(ticks := (8000, 24_000, ALL), [f"{tick:,}" for tick in ticks])
+    for ax in (left, right):
+        ax.title.set_fontsize(13)
         ax.minorticks_off()
         ax.grid(alpha=0.25)
-        ax.legend(fontsize=8)
+        ax.legend(loc="lower right", fontsize=12)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
 
