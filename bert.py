@@ -333,8 +333,8 @@ def load_pretrained(folder, classifier=False):
 
     Takes names with and without `bert.`, LayerNorm as gamma/beta or weight/bias, the decoder stored
     or tied, the MLM head there or not; an ordinary classifier only if asked. Raises
-    FileNotFoundError for a missing file, ValueError naming a tensor that is missing, surplus, of
-    another shape or kind, or not finite."""
+    FileNotFoundError, and ValueError naming a tensor that is missing, surplus, of another shape or
+    kind, or not finite."""
     path = Path(folder) / "model.safetensors"
     config = read_config(path.with_name("config.json"))
     _check_exists(path)

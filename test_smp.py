@@ -2261,10 +2261,9 @@ def test_a_teacher_of_other_words_or_without_the_same_head_is_refused(world, fai
     train.save_model("plain", model, "model")
     learn_language("--method finetune --epochs 1 --model plain")
     assert "the model has no MLM head" in capsys.readouterr().out
-    for flags, message in [("strange", "its vocabulary is not that of model"),
-                           ("model --model plain", "it has an MLM head, plain has none"),
-                           ("plain", "it has no MLM head, model has one")]:
-        assert message in learn_language(f"{SPARSE} --teacher {flags}", fails, out="b")
+    for flags, base in [("strange", "model"), ("model --model plain", "plain"), ("plain", "model")]:
+        message = learn_language(f"{SPARSE} --teacher {flags}", fails, out="b")
+        assert f"its vocabulary, or its MLM head, is not as in {base}" in message
 
 @pytest.mark.parametrize("flags", [SPARSE, f"{SPARSE} --teacher model", "--method smp-s"])
 def test_an_interrupted_language_model_ends_bit_for_bit(trained, fails, monkeypatch, capsys, flags):

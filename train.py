@@ -167,11 +167,11 @@ class TaskModel:
 class Labels:
     """What a task with labels asks: at each [CLS] for one of the label words."""
 
-    def __init__(self, model):
-        self.task, self.tokenizer, self.s = model.task, model.tokenizer, model.s
-        if model.model.classifier:
-            n = model.model.classifier.classes.out_features
-            words = data.class_order(model.base, self.task, n)
+    def __init__(self, owner):
+        self.owner, self.task, self.tokenizer, self.s = owner, owner.task, owner.tokenizer, owner.s
+        if owner.model.classifier:
+            n = owner.model.classifier.classes.out_features
+            words = data.class_order(owner.base, self.task, n)
         else:
             name = self.s.task + "/task.json" * (self.s.task not in data.BUILT_IN)
             words = data.label_ids(self.tokenizer, self.task.words, name)
@@ -186,31 +186,31 @@ class Labels:
     def ask(self, batch, generator):
         return batch
 
-    def predict(self, model, examples):
+    def predict(self, examples):
         """N examples -> logits (N, C), in their order."""
         found = torch.zeros(len(examples), len(self.words))
-        for batch, logits in model.answers(data.batches(examples, 128)):
+        for batch, logits in self.owner.answers(data.batches(examples, 128)):
             found[batch["index"].cpu()] = logits.cpu()
         add_up([found])
         expect(found.isfinite().all(), DIVERGED, FloatingPointError)
         return found.numpy()
 
-    def evaluate(self, model, dev_sets):
+    def evaluate(self, dev_sets):
         """{metric: value}; those of MNLI's second dev set begin with "mismatched_", those of
         --holdout with "holdout_". "score", by which the best evaluation is chosen, is the mean
         of the "holdout_" ones, if there are any, else of all."""
         metrics, prefixes = {}, {"dev_mismatched": "mismatched_", "holdout": "holdout_"}
         for split, examples in dev_sets.items():
-            logits = self.predict(model, examples)
+            logits = self.predict(examples)
             for name, value in data.evaluate_metrics(self.task, logits, examples.labels).items():
                 metrics[prefixes.get(split, "") + name] = value
         held_out = [value for name, value in metrics.items() if name.startswith("holdout_")]
         return metrics | {"score": np.mean(held_out or list(metrics.values())).item()}
 
-    def listen(self, model, teacher, texts):
+    def listen(self, teacher, texts):
         """A function: a batch -> the teacher's logits. Without dropout they never change, so it
         reads the texts once for all, in its own vocabulary."""
-        known = teacher.asks.predict(teacher, teacher.asks.encode(texts, None))
+        known = teacher.asks.predict(teacher.asks.encode(texts, None))
         known = torch.from_numpy(known).to(self.s.device)
         return lambda batch: known[batch["index"]]
 
@@ -221,8 +221,8 @@ class Labels:
 class Words:
     """What masked language modelling asks: at hidden words for any word. Used as Labels is."""
 
-    def __init__(self, model):
-        self.tokenizer, self.s = model.tokenizer, model.s
+    def __init__(self, owner):
+        self.owner, self.tokenizer, self.s = owner, owner.tokenizer, owner.s
         self.words, self.corpus = slice(None), None
         expect(self.tokenizer.token_to_id("[MASK]") is not None,
                "the model's vocabulary has no [MASK]; --task mlm needs one")
@@ -239,13 +239,13 @@ class Words:
         return data.hide_words(batch, self.tokenizer, generator, s.mlm_rate, s.mlm_cls,
                                everywhere=bool(s.teacher))
 
-    def evaluate(self, model, dev_sets):
+    def evaluate(self, dev_sets):
         """Of always the same 15 % of the words. "score" is 1 / perplexity."""
         generator = torch.Generator().manual_seed(0)
         batches = (data.hide_words(batch, self.tokenizer, generator)
                    for batch in data.batches(dev_sets["dev"], 32))
         sums = torch.zeros(3, dtype=torch.float64)
-        for batch, logits in model.answers(batches):
+        for batch, logits in self.owner.answers(batches):
             labels = batch["labels"]
             loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
             hits = (logits.argmax(1) == labels).sum()
@@ -256,13 +256,11 @@ class Words:
         return {"accuracy": hits / n, "perplexity": math.exp(min(loss / n, 700)),
                 "score": math.exp(-loss / n)}
 
-    def listen(self, model, teacher, texts):
-        expect(teacher.tokenizer.get_vocab() == self.tokenizer.get_vocab(),
-               f"--teacher {teacher.base}: its vocabulary is not that of {model.base}; expected a "
-               "teacher trained from that model")
-        if bool(teacher.model.mlm) != bool(model.model.mlm):
-            has = "an MLM head, {} has none" if teacher.model.mlm else "no MLM head, {} has one"
-            raise ValueError(f"--teacher {teacher.base}: it has {has.format(model.base)}")
+    def listen(self, teacher, texts):
+        (ours, head), (theirs, their_head) = [
+            (one.tokenizer.get_vocab(), one.model.mlm is None) for one in (self.owner, teacher)]
+        expect(ours == theirs and head == their_head, f"--teacher {teacher.base}: its vocabulary, "
+               f"or its MLM head, is not as in {self.owner.base}; expected one trained from that")
         return torch.no_grad()(teacher.logits)  # each time other words are hidden
 
     def first_answer(self, examples):
@@ -290,7 +288,7 @@ class Run(TaskModel):
         self.teacher = lambda batch: None
         if s.teacher:
             teacher = TaskModel(bert.find_pretrained(s.teacher), s, is_teacher=True)
-            self.teacher = self.asks.listen(self, teacher, texts)
+            self.teacher = self.asks.listen(teacher, texts)
         torch.manual_seed(s.seed)
         self.make_learnable()
         self.step, self.lam = 0, s.lam
@@ -372,7 +370,7 @@ class Run(TaskModel):
         self.choose_masks()
         masks = self.masks()
         with smp.folded(self.layers, masks):
-            metrics = self.asks.evaluate(self, self.dev_sets)
+            metrics = self.asks.evaluate(self.dev_sets)
         last = {"step": self.step, "epoch": self.step / self.s.epoch_steps,
                 "sparsity": data.sparsity_of(masks), "metrics": metrics}
         self.log.append({"event": "eval"} | last | {"loss": loss, "lam": self.lam})
@@ -687,7 +685,7 @@ def evaluate_masks(s):
         expect(not s.export or folder.resolve() != mask.base.resolve(),
                f"--export {folder}: the base of the mask; give another folder")
         with mask.folded():
-            metrics = results[path] = mask.asks.evaluate(mask, mask.examples(*mask.task.dev))
+            metrics = results[path] = mask.asks.evaluate(mask.examples(*mask.task.dev))
         sparsity, before = data.sparsity_of(mask.masks), mask.header.get("metrics")
         print(f"{path}: {mask.s.task}, sparsity {sparsity:.4f}, {format_metrics(metrics)}")
         same = isinstance(before, dict) and all(
@@ -755,7 +753,7 @@ def predict_masks(s):
             names = [file.name, "submission.zip"][:len(s.predict)]
             data.claim(out, names, s.overwrite, "give --overwrite, or another --out")
             with mask.folded():
-                found[file] = path, mask.task, mask.asks.predict(mask, examples)
+                found[file] = path, mask.task, mask.asks.predict(examples)
     for file, (path, task, logits) in found.items():
         data.write_predictions(file, task, logits)
         print(f"{path} -> {file} ({len(logits):,} lines)")
@@ -849,7 +847,7 @@ def compare(s, learned):
     dev = frozen.examples(*frozen.task.dev)
 
     def accuracy():
-        return frozen.asks.evaluate(frozen, dev)["accuracy"]
+        return frozen.asks.evaluate(dev)["accuracy"]
 
     labels = dev["dev"].labels
     rows = {"chance: always the commoner label": max(np.bincount(labels)) / len(labels),

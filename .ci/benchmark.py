@@ -273,7 +273,7 @@ def mask_inference(path, argv):
 
         def answer(skips, groups=groups, logits=logits):
             group = groups[len(logits[skips]) // 2 % len(groups)]  # each twice
-            logits[skips].append(mask.asks.predict(mask, mask.asks.encode(group, None)))
+            logits[skips].append(mask.asks.predict(mask.asks.encode(group, None)))
 
         with mask.folded():
             dense, sparse, ratio = sparse_and_dense(mask.layers, answer, alone=True)
