@@ -180,7 +180,7 @@ def two_of_four(scores, n_keep):
     if n_whole := int(n_keep - scores.numel() // 2) // 2:
         lost = fours.masked_fill(kept, 0).sum(-1)
         k = torch.full((1,), n_whole, device=scores.device)
-        kept |= largest(lost.view(1, -1), k).view_as(lost)[..., None]
+        kept |= largest(lost.reshape(1, -1), k).view_as(lost)[..., None]
     return kept.flatten(-2)
 
 RULES = {  # Table 3: S, L, G, T
@@ -275,7 +275,7 @@ def choose_masks(layers, sparsity, rule="smp-s", tau=0.1):
         groups.setdefault(name if s.is_cpu else s.shape, []).append(name)
 
     def choose(names):
-        rows = [scores[name].view(1, -1) for name in names]
+        rows = [scores[name].reshape(1, -1) for name in names]
         stack = torch.cat(rows) if len(rows) > 1 else rows[0]
         masks = largest(stack, torch.stack([counts[name] for name in names]))
         for name, mask in zip(names, masks, strict=True):
