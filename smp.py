@@ -281,7 +281,8 @@ def choose_masks(layers, sparsity, rule="smp-s", tau=0.1):
         for name, mask in zip(names, masks, strict=True):
             layers[name].mask = mask.view_as(scores[name])
 
-    threads = torch.get_num_threads()  # NumPy's search takes one, so several matrices at a time
+    # NumPy's search takes one thread, so a CPU searches several matrices at a time.
+    threads = torch.get_num_threads() if all(s.is_cpu for s in scores.values()) else 1
     with ThreadPoolExecutor(threads) as pool:
         list((pool.map if threads > 1 else map)(choose, groups.values()))
 
