@@ -3,9 +3,9 @@
 The encoder of Devlin et al. 2018 (arXiv 1810.04805) from plain torch.nn parts, in the order in
 which a sentence passes through it: embeddings, layers, and a head that reads an answer off [CLS].
 
-There is no classifier to train. The head is BERT's own masked-language-modelling (MLM) head, asked
-for a few *label words* in place of its whole vocabulary: a review is positive if the frozen head
-would rather write "great" than "terrible" at its [CLS].
+There is no classifier to train (a teacher may have one). The head is BERT's own head of masked
+language modelling (MLM), asked for a few *label words* in place of its whole vocabulary: a review
+is positive if the frozen head would rather write "great" than "terrible" at its [CLS].
 
 A checkpoint is a folder in the Hugging Face layout: config.json, model.safetensors, and the
 vocabulary, which data.py reads. NAMES and TIED translate between their tensor names and ours, for
@@ -28,8 +28,8 @@ from torch import nn
 
 @dataclasses.dataclass
 class Config:
-    """The sizes of a BERT, under the keys that its config.json has for them. The defaults are those
-    of bert-base-uncased. Without segments, type_vocab_size 0, it is a DistilBERT."""
+    """The sizes of a BERT, under the keys of BERT's config.json. The defaults are those of
+    bert-base-uncased. Without segments, type_vocab_size 0, it is a DistilBERT."""
     vocab_size: int = 30522
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -325,7 +325,7 @@ def _config_value(path, raw, key, field):
         return float(value)
     if field.type is int and is_number and 1 <= value <= LARGEST_SIZE and value == int(value):
         return int(value)
-    expected = f"an integer from 1 to {LARGEST_SIZE:,}" if field.type is int else "one in [0, 1)"
+    expected = f"an integer from 1 to {LARGEST_SIZE:,}" if field.type is int else "a share below 1"
     raise ValueError(f"{path}: {key} is {value!r}; expected {expected}")
 
 def load_pretrained(folder, classifier=False):
@@ -393,8 +393,8 @@ def build(config, state, path):
     return model.eval()
 
 def save_pretrained(model, folder, whole=contextlib.nullcontext):
-    """The reverse of load_pretrained: writes config.json and model.safetensors in the layout and
-    under the names that Hugging Face's BertForMaskedLM (BertModel without an MLM head) reads.
+    """The reverse of load_pretrained, but for a classifier: writes config.json and
+    model.safetensors as Hugging Face's BertForMaskedLM (BertModel without an MLM head) reads them.
     `whole(path)` is a context that gives the name to write to."""
     save_config(model, folder, whole)
     state = {hf_name(name, model.config.model_type): tensor.detach().cpu().contiguous()

@@ -56,7 +56,7 @@ class Task:
     columns: tuple = ()             # of train and dev where they have no header
     archive: str = ""               # its zip below GLUE_URL/glue/data/
     skip_short_lines: bool = False  # QQP's train file has a few
-    home: str = "glue"              # the folder of its folder: what --data usually is
+    home: str = "glue"              # the default of --data
 
     @property
     def regression(self):
@@ -74,7 +74,7 @@ TASKS = {
     "sst2": Task("SST-2", ("sentence",), "label", ("0", "1"), ("terrible", "great"),
                  ("accuracy",), archive="SST-2"),
     "mrpc": Task("MRPC", ("#1 String", "#2 String"), "Quality", ("0", "1"), ("No", "Yes"),
-                 ("accuracy", "f1")),
+                 ("accuracy", "f1"), archive="none, see _build_mrpc"),
     "stsb": Task("STS-B", ("sentence1", "sentence2"), "score", (), ("Yes",),
                  ("pearson", "spearman"), archive="STS-B"),
     "qqp": Task("QQP", ("question1", "question2"), "is_duplicate", ("0", "1"), ("No", "Yes"),
@@ -122,7 +122,7 @@ def add_task(fields):
     metrics = metrics[:1] if n > 2 else metrics
     for field, fine, expected in [
             ("folder", re.fullmatch(r"\w[\w.-]*", name) and name not in BUILT_IN,
-             "a plain name that is none of those here"),
+             "its name to be letters and digits, and of no built-in task"),
             ("dev", task.dev, "the name of a file"),
             ("text", 1 <= len(task.text) <= 2, "one column, or two"),
             ("label", isinstance(task.label, str), "a column"),
@@ -145,7 +145,7 @@ def read_split(task, data_dir, split, limit=None):
     """One file of a task, .tsv or else .csv -> (texts, labels): N strings or pairs; class numbers
     int64 (N,), for a regression float32 (N,), for a test file None.
 
-    `split` is "train" or a name from task.dev or task.test; `limit` keeps the first so many lines.
+    `split` is "train" or a name from task.dev or task.test; `limit` keeps the first so many rows.
     Raises ValueError with file and line for what cannot be read."""
     path = Path(data_dir) / task.folder / f"{split}.tsv"
     if not path.is_file() and path.with_suffix(".csv").is_file():
@@ -170,10 +170,10 @@ def read_split(task, data_dir, split, limit=None):
         texts.append(text if len(text) > 1 else text[0])
         if not is_test:
             labels.append(_parse_label(task, fields[columns.index(task.label)], place))
+    expect(texts, f"{path}: no examples in it; expected at least one line of data")
     if all(part[:1] == part[-1:] == '"' for text in texts for part in np.atleast_1d(text)):
         print(f"note        {path}: all texts are in quotes, as a spreadsheet writes them; they "
               "are read as they stand, since GLUE quotes nothing")
-    expect(texts, f"{path}: no examples in it; expected at least one line of data")
     expect(split != "train" or min(labels) < max(labels),
            f"{path}: every label is the same; expected two (see --limit)")
     return texts, None if is_test else np.array(labels, np.float32 if task.regression else np.int64)
@@ -212,12 +212,12 @@ def read_rows(path):
         return
     reader = csv.reader((f"{line}\n" for line in lines), strict=True)
     try:
-        yield from ((reader.line_num, fields) for fields in reader if fields)
+        yield from ((reader.line_num, fields or [""]) for fields in reader)
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: {error}; mend its quotes") from None
 
 def read_lines(path):
-    """The lines of a UTF-8 file. Only a line feed ends one: other software has more line ends."""
+    """The lines of a UTF-8 file. Only a line feed ends one, unlike in str.splitlines."""
     try:
         text = path.read_bytes().decode("utf-8-sig")  # MRPC's begin with a byte order mark
     except UnicodeDecodeError as error:
@@ -261,8 +261,8 @@ SAID = {  # what a model's files may say of its tokenizer: the values that are f
 
 def load_tokenizer(folder):
     """The WordPiece tokenizer of a model folder, from tokenizer.json or else vocab.txt. Raises
-    FileNotFoundError, and ValueError for one that is not BERT's, or of which its files say what is
-    not followed here, or two things."""
+    FileNotFoundError, and ValueError for one that is not BERT's, or whose files ask for what is
+    not supported, or contradict each other."""
     path, said = Path(folder) / "tokenizer.json", {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         found = read_json(path.with_name(name)) if path.with_name(name).is_file() else {}
@@ -316,6 +316,8 @@ def label_ids(tokenizer, words, source="task"):
             raise ValueError(f"{source}: words: {word!r} is not one token of the model's "
                              f"vocabulary; near it are {', '.join(near) or 'none'}")
         ids += found
+    expect(len(set(ids)) == len(ids), f"{source}: words: two of them are one token of the model's "
+           "vocabulary")
     return torch.tensor(ids)
 
 def class_order(folder, task, n):
@@ -327,10 +329,10 @@ def class_order(folder, task, n):
         names = [str(found.get(str(i), numbered[i])).lower() for i in range(n)]
         for labels in (task.labels, numbered):
             wanted = [label.lower() for label in labels]
-            if sorted(wanted) == sorted(names) and n == len(task.words):
+            if sorted(wanted) == sorted(names) and n == len(task.words) == len(set(wanted)):
                 return torch.tensor([names.index(label) for label in wanted])
         raise ValueError(f"id2label has the classes {', '.join(names)}; expected "
-                         f"{', '.join(task.labels or numbered[:1])}, or LABEL_0 and so on")
+                         f"{', '.join(task.labels or numbered[:1])}, or LABEL_0 and so on; mend it")
 
 @dataclass
 class Encoded:
@@ -636,7 +638,7 @@ def ensure(task, data_dir):
     """Makes sure that data_dir/<task.folder> is there, fetching it if not. Raises OSError or
     ValueError; what does not arrive whole is not left behind."""
     folder = Path(data_dir) / task.folder
-    if folder.is_dir():
+    if folder.is_dir() or not task.archive:
         return folder
     print(f"{folder} is not there: fetching it from the official place")
     base = os.environ.get("GLUE_URL", GLUE_URL)

@@ -39,7 +39,7 @@ from torch.autograd.function import once_differentiable
 
 # ---- The layer (Eq. 3) ----------------------------------------------------------------------
 class MaskedWeight(torch.autograd.Function):
-    """W, M, S (out, in) -> W' = W * M. Backward, M counts as S (Eq. 3)."""
+    """W, M (bool), S, all (out, in) -> W' = W * M. Backward, M counts as S (Eq. 3)."""
     @staticmethod
     def forward(ctx, W, M, S):
         ctx.save_for_backward(W, M)
@@ -129,8 +129,8 @@ def prune(model, names, init="magnitude"):
 
 # ---- Which weights stay (Section 4.1, Table 3, Eq. 4) ---------------------------------------
 def topk_mask(scores, n_keep):
-    """The 0/1 mask of the n_keep largest scores, straight-through, shaped like the scores. Among
-    equals the lowest index wins:
+    """The 0/1 mask of the n_keep largest scores, straight-through, shaped like the scores; for any
+    network (a MaskedLinear gets its mask from choose_masks). Among equals the lowest index wins:
         topk_mask([[.1, .7], [.7, .7]], 2)  ->  [[0, 1], [1, 0]]
     Raises ValueError for an impossible n_keep, FloatingPointError for nan or inf."""
     if not 0 <= n_keep <= scores.numel():
@@ -174,8 +174,8 @@ def two_of_four(scores, n_keep):
     n_keep, some fours stay whole: those that would lose most."""
     fours, kept = scores.detach().unflatten(-1, (-1, 4)), []
     for i, one in enumerate(four := fours.unbind(-1)):
-        before = [other >= one if j < i else other > one for j, other in enumerate(four) if j != i]
-        kept.append(sum(larger.view(torch.uint8) for larger in before) < 2)
+        less = [other < one if j < i else other <= one for j, other in enumerate(four) if j != i]
+        kept.append(sum(smaller.view(torch.uint8) for smaller in less) > 1)  # never a nan
     kept = torch.stack(kept, -1)
     if n_whole := int(n_keep - scores.numel() // 2) // 2:
         lost = fours.masked_fill(kept, 0).sum(-1)
@@ -194,7 +194,8 @@ RULES = {  # Table 3: S, L, G, T
 @torch.no_grad()
 def keep_counts(scores, sparsity, rule="smp-s", tau=0.1):
     """How many weights each matrix keeps: {name: scores} -> {name: count, a 0-dim tensor}.
-    They sum to round((1 - sparsity) * all weights), but for "threshold" and "2:4". ValueError."""
+    They sum to round((1 - sparsity) * all weights), but for "threshold" and "2:4". Raises
+    ValueError for an unknown rule, or a sparsity not in [0, 1]."""
     if not 0 <= sparsity <= 1:
         raise ValueError(f"sparsity is {sparsity}; expected 0 to 1, the fraction to remove")
     keep, matrices = 1 - sparsity, list(scores.values())
@@ -217,8 +218,9 @@ def keep_counts(scores, sparsity, rule="smp-s", tau=0.1):
     return dict(zip(scores, counts, strict=True))
 
 def smp_s_shares(scores, keep):
-    """{name: scores} -> how many weights each gets (m,), not yet whole. Each type (layers.3.Q is a
-    Q) has L matrices; matrix l wants the fraction k_l = keep * L * R(S_l) / sum of R (Eq. 4)."""
+    """{name: scores} -> how many weights each gets (m,), not yet integers. Each type (layers.3.Q
+    is a Q) has L matrices; of L equal ones, matrix l wants the fraction k_l = keep * L * R(S_l) /
+    sum of R (Eq. 4)."""
     types, shares = {}, {}
     for name, s in scores.items():
         types.setdefault(name.rpartition(".")[2], {})[name] = s
@@ -236,13 +238,13 @@ def importance(scores):
 def capped_shares(sizes, R, keep):
     """size * min(1, c R), (m,), with the c at which it sums to keep * sum(sizes) (Details 2).
         capped_shares([10, 10, 10], [6, 2, 1], 0.6)  ->  [10, 5.3, 2.7]"""
-    largest_R, order = R.sort(descending=True, stable=True)
+    sorted_R, order = R.sort(descending=True, stable=True)
     n = sizes[order]
     # With the j largest kept whole the others share the rest: a c for each j. The sum at a c is
     # the least over j of whole + c * others, so it reaches the total at the largest of these c.
     # (In the example they are .2, .27 and -.2 for j = 0, 1, 2: with c = .27 one is kept whole.)
     whole = n.cumsum(0) - n
-    others = (n * largest_R).flip(0).cumsum(0).flip(0)
+    others = (n * sorted_R).flip(0).cumsum(0).flip(0)
     c = ((keep * n.sum() - whole) / others).amax()
     return sizes * (c * R).clamp(max=1)
 
@@ -337,8 +339,8 @@ def objective(logits, labels, teacher_logits=None, temperature=2.0, teacher_weig
 
 def balanced_lambda(scores, pull=1.0):
     """The lambda at which the regulariser pulls a score at 0, on average, `pull` times as hard as
-    the typical task gradient, which is read off scores.grad. Its mean gradient at 0 is
-    1 / (4 * total)."""
+    the typical task gradient, which is read off scores.grad. (At 0 the regulariser's mean
+    gradient is 1 / (4 * total).)"""
     total = sum(s.numel() for s in scores)
     grads = [s.grad for s in scores if s.grad is not None]
     norm = nn.utils.get_total_norm(grads)  # rms * sqrt(total)

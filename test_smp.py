@@ -1634,6 +1634,7 @@ def test_a_regression_of_ones_own_has_its_range(world, fails):
 @pytest.mark.parametrize("changes, message", [
     ({"lables": []}, "lables"), ({"dev": "dev"}, "dev: expected a list"),
     ({"dev": []}, "dev: expected the name"),
+    ({"words": ["Maybe", "maybe", "great"]}, "words: two of them are one token"),
     ({"text": None}, "text"), ({"text": "review"}, "text: expected a"),
     ({"text": []}, "text: expected one column"), ({"label": 3}, "label: expected a column"),
     ({"labels": [0, 1, 2]}, "labels: expected a list of strings"),
@@ -1712,7 +1713,7 @@ def test_an_ordinary_classifier_teaches_whatever_the_order_of_its_classes_and_wo
     assert [entry.get("loss") for entry in log_of()] != plain
     write_classifier("strange", {"0": "NEGATIVE", "1": "POSITIVE"})
     message = ("strange/config.json: not a classifier for this task (id2label has the classes "
-               "negative, positive; expected 0, 1, or LABEL_0 and so on)")
+               "negative, positive; expected 0, 1, or LABEL_0 and so on; mend it)")
     assert message in fails("--teacher strange", out="new")
     assert "an ordinary classifier; expected" in fails("--model strange", out="new")
     assert "an ordinary classifier" in learn_language(f"{SPARSE} --teacher plain", fails, out="b")
@@ -1760,10 +1761,12 @@ REFUSED = {  # words of the message: command lines
     "--export is for --eval of one mask": ["--export x", "--predict m --export x",
                                            "--eval a b --export x"],
     "--sparse is for masks at work": ["--sparse"],
-    "--overwrite is for what does not --resume": ["--resume --overwrite"],
+    "--overwrite is for runs without --resume": ["--resume --overwrite"],
     "--data is for tasks with labels": ["--task mlm --corpus c --data d"],
-    "--corpus is for --task mlm": ["--corpus c"], "--mlm-cls is for --task mlm": ["--mlm-cls"],
-    "--mlm-rate is for --task mlm": ["--mlm-rate 0.1"],
+    "--corpus is for --task mlm": ["--corpus c"],
+    " is for training on --task mlm": ["--mlm-cls", "--mlm-rate 0.1", "--eval m --mlm-rate 0.1"],
+    "--holdout is for training": ["--eval m --holdout 0.1", "--task mlm --corpus c --holdout 0.1"],
+    "--eval or --predict, not both": ["--eval m --predict m"],
 }
 
 @pytest.mark.parametrize("flags, words", [(x, words) for words in REFUSED for x in REFUSED[words]])

@@ -228,6 +228,7 @@ class Words:
                "the model's vocabulary has no [MASK]; --task mlm needs one")
 
     def read(self, split, limit=None):
+        expect(self.s.corpus, "--task mlm needs --corpus FILE")
         self.corpus = self.corpus or data.read_corpus(Path(self.s.corpus))
         return self.corpus[split][:limit], None
 
@@ -296,7 +297,7 @@ class Run(TaskModel):
         self.interrupts, self.next_checkpoint = [], time.monotonic() + (s.checkpoint_every or 0.0)
         # What a resumed run must find again (weights, data), and what it had better find.
         digests = [examples.checksum() for examples in (self.train_set, *self.dev_sets.values())]
-        self.origin = {"weights": self.fingerprint, "data": " ".join(digests),
+        self.origin = {"weights": self.fingerprint, "data": " ".join([*digests, *self.task.words]),
                        "processes": PROCESSES, "threads": torch.get_num_threads(),
                        "torch": torch.__version__, "device": torch.device(s.device).type}
 
@@ -404,7 +405,7 @@ def prunable(model):
             if name.startswith("layers.") and isinstance(module, nn.Linear)]
 
 def is_trained(name, s):
-    """Whether a weight trains: in finetune any; with a mask those of the encoder's layers."""
+    """Whether a weight trains: in finetune any, else those of the encoder's layers."""
     is_weight = not name.endswith(".scores")
     return s.trains_weights and is_weight and (not s.scores_from or name.startswith("layers."))
 
@@ -635,7 +636,7 @@ class MaskFile(TaskModel):
         asked = s.given.get("task", task)
         expect(asked == task, f"{path}: a mask for {task}; --task asks for {asked}")
         # --model; or the model that was shipped with the mask; or the one that its run used.
-        is_beside = base == "model" and (beside / "model.safetensors").is_file()
+        is_beside = settings["trains_weights"] and (beside / "model.safetensors").is_file()
         shipped_model = beside if is_beside else run.get("model")
         folder = s.given.get("model") or shipped_model
         expect(folder, f"{path}: made for {base}; say with --model where that is")
@@ -918,7 +919,7 @@ def usual_batch_size(s):
         return LATER
     size = 64 if s.n > 10_000 else 32
     sparse = s.rule == "threshold" or (s.sparsity or 0.0) > 0.5
-    if sparse and s.task not in USUAL and not s.paper:
+    if sparse and s.task not in ("demo", "mlm") and not s.paper:
         while size > 16 and s.epochs * s.n < 1500 * size:
             size //= 2
     return size
@@ -966,15 +967,17 @@ FLAGS = {
          lambda s: LATER if s.positions is None else min(128, s.positions))]),
     "training and --predict": (lambda s: not s.eval, [
         ("--out", TEXT, "its folder (default: runs/TASK-METHOD-SPARSITY-sSEED)", None)]),
-    "what does not --resume": (lambda s: not s.resume, [
+    "runs without --resume": (lambda s: not s.resume, [
         ("--overwrite", YES, "replace what is there (default for the demo, without --out)",
          lambda s: bool(s.method) and s.task == "demo" and not s.out)]),
+    "training on tasks with labels": (lambda s: s.method and s.task != "mlm", [
+        ("--holdout", number(0, 0.9), "share of train to choose the best by, not dev", None)]),
     "tasks with labels": (lambda s: s.task != "mlm", [
         ("--data", TEXT, "folder of task folders (default: glue, where training fetches them)",
-         lambda s: data.TASKS[s.task].home),
-        ("--holdout", number(0, 0.9), "share of train to choose the best by, not dev", None)]),
+         lambda s: data.TASKS[s.task].home)]),
     "--task mlm": (lambda s: s.task == "mlm" or not s.method, [
-        ("--corpus", TEXT, "a text file, a text a line; 5 %% are held out", None),
+        ("--corpus", TEXT, "a text file, a text a line; 5 %% are held out", None)]),
+    "training on --task mlm": (lambda s: s.method and s.task == "mlm", [
         ("--mlm-rate", SHARE, "share of the words that it asks for", 0.15),
         ("--mlm-cls", YES, "it also asks [CLS] for a word of its text", False)]),
     "a base model": (lambda s: True, [
@@ -1024,7 +1027,9 @@ def settings_of(given, positions=None, n=None):
             expect(value is None or value is False or applies(s),
                    f"{flag} has no effect here: it is for {purpose}")
             if value is None and applies(s):
-                for what in (s.method, s.task if name != "task" else "", "paper" * bool(s.paper)):
+                task = getattr(s, "task", "")
+                own = "" if task not in data.BUILT_IN else task
+                for what in (s.method, own, "paper" * bool(s.paper)):
                     default = USUAL.get(what, {}).get(name, default)
                 value = default(s) if callable(default) else default
             setattr(s, name, value)
@@ -1060,6 +1065,8 @@ def parse_flags(argv=None):
         s = settings_of(given)
     except (ValueError, OSError) as error:
         p.error(str(error))
+    if s.eval and s.predict:
+        p.error("--eval or --predict, not both")
     if PROCESSES > 1 and not s.method:
         p.error("--eval and --predict run in one process, without torchrun")
     if s.method and s.task == "mlm" and not s.corpus:
@@ -1072,7 +1079,7 @@ def parse_flags(argv=None):
 
 def run_seeds(s):
     """A run for each seed. Returns the final record, or of several the mean and spread of their
-    metrics. What to report is the mean of `last`: `best` was chosen on dev itself."""
+    metrics. What to report is the mean of `last`: without --holdout `best` was chosen on dev."""
     parts = [s.task, s.method.replace(":", "of"), f"{s.sparsity:g}" if s.sparsity else "",
              "int8" if s.int8 else ""]
     out = s.out or "runs/" + "-".join(filter(None, parts))
@@ -1189,7 +1196,8 @@ def part_of(batch):
     part = {key: x if x is None else x[first:end] for key, x in batch.items()}
     mine = (batch["places"] >= first * length) & (batch["places"] < end * length)
     part |= {"places": batch["places"][mine] - first * length, "labels": batch["labels"][mine]}
-    asked, of_all = [(x["labels"] != -100).sum().item() for x in (part, batch)]
+    asked, of_all = [((x["labels"] != -100) | x["labels"].is_floating_point()).sum().item()
+                     for x in (part, batch)]
     return (part, asked / of_all) if asked else (batch, 0.0)  # a mean over nothing is nan
 
 if __name__ == "__main__":
