@@ -31,7 +31,7 @@ ASKED = [("smp-s", 50, "finetune"), ("smp-s", 90, "finetune"), ("smp-s", 90, "mo
          ("smp-s", 97, "movement")]  # the differences in short
 ASKED_OF_TEACHERS = [
     (f"smp-s{TAUGHT}", 50, "smp-s"), (f"smp-s{TAUGHT}", 90, "smp-s"),
-    (f"smp-s{TAUGHT}", 97, "smp-s"), (f"finetune{TAUGHT}", 0, "finetune"),
+    (f"finetune{TAUGHT}", 0, "finetune"),
     (f"smp-s{TAUGHT}", 50, "finetune"), (f"smp-s{TAUGHT}", 90, "finetune"),
     (f"smp-s{TAUGHT}", 50, f"finetune{TAUGHT}"), (f"smp-s{TAUGHT}", 90, f"finetune{TAUGHT}"),
     ("2:4", 50, "smp-s"), ("2:4", 50, "finetune")]
