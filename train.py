@@ -626,6 +626,7 @@ class MaskFile(TaskModel):
                 there = data.TASKS.get(task)  # if its task.json was given as well
                 task = data.add_task(own_task | {"home": there.home if there else ""})
             self.int8, precision = bool(settings["int8"]), settings["precision"]
+            is_beside = settings["trains_weights"] and (beside / "model.safetensors").is_file()
             expect(task in data.TASKS and precision in PRECISIONS, "of another task or precision")
             s = argparse.Namespace(
                 task=task, device=s.device, sparse=s.sparse, max_length=int(settings["max_length"]),
@@ -636,7 +637,6 @@ class MaskFile(TaskModel):
         asked = s.given.get("task", task)
         expect(asked == task, f"{path}: a mask for {task}; --task asks for {asked}")
         # --model; or the model that was shipped with the mask; or the one that its run used.
-        is_beside = settings["trains_weights"] and (beside / "model.safetensors").is_file()
         shipped_model = beside if is_beside else run.get("model")
         folder = s.given.get("model") or shipped_model
         expect(folder, f"{path}: made for {base}; say with --model where that is")
@@ -1028,8 +1028,8 @@ def settings_of(given, positions=None, n=None):
                    f"{flag} has no effect here: it is for {purpose}")
             if value is None and applies(s):
                 task = getattr(s, "task", "")
-                own = "" if task not in data.BUILT_IN else task
-                for what in (s.method, own, "paper" * bool(s.paper)):
+                built_in = task if task in data.BUILT_IN else ""
+                for what in (s.method, built_in, "paper" * bool(s.paper)):
                     default = USUAL.get(what, {}).get(name, default)
                 value = default(s) if callable(default) else default
             setattr(s, name, value)
