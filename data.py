@@ -325,7 +325,7 @@ def class_order(folder, task, n):
     id2label in its config.json has for them, or by their numbers in LABEL_0 and the like."""
     path, numbered = Path(folder) / "config.json", [f"LABEL_{i}" for i in range(n)]
     with reading(path, "a classifier for this task"):
-        found = read_json(path).get("id2label") or dict(enumerate(numbered))
+        found = read_json(path).get("id2label") or {}
         names = [str(found.get(str(i), numbered[i])).lower() for i in range(n)]
         for labels in (task.labels, numbered):
             wanted = [label.lower() for label in labels]
