@@ -577,9 +577,10 @@ def recorded(s):
 def save_checkpoint(run):
     """Writes all that the next step depends on: what trains, Adam's moments, lambda. (Masks follow
     from the scores, an epoch's order and a step's dropout from the seed.)"""
-    tensors = {f"model.{name}": p for name, p in run.model.named_parameters() if p.requires_grad}
-    for i, moments in run.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{key}": value for key, value in moments.items()}
+    tensors = {}
+    for i, p in enumerate(run.learned):
+        tensors[f"{i}.value"] = p
+        tensors |= {f"{i}.{key}": moment for key, moment in run.optimizer.state[p].items()}
     finite = all(tensor.isfinite().all() for tensor in tensors.values())
     expect(finite, DIVERGED, FloatingPointError)
     state = {"step": run.step, "lam": run.lam, "log": run.log, "origin": run.origin}
@@ -598,16 +599,13 @@ def load_checkpoint(run, path):
         if there != here:
             print(f"note        {what} {here}, before {there}: last digits may differ")
     run.step, run.lam, run.log = state["step"], state["lam"], state["log"]
-    parameters, moments = dict(run.model.named_parameters()), {}
     for name, tensor in tensors.items():
-        kind, _, name = name.partition(".")
-        if kind == "model":
-            parameters[name].data.copy_(tensor)
+        i, key = name.split(".")
+        p = run.learned[int(i)]
+        if key == "value":
+            p.data.copy_(tensor)
         else:
-            i, _, key = name.partition(".")
-            moments.setdefault(int(i), {})[key] = tensor
-    groups = run.optimizer.state_dict()["param_groups"]
-    run.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+            run.optimizer.state[p][key] = tensor.to(p.device)
 
 # ---- Masks at work --------------------------------------------------------------------------
 
