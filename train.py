@@ -1061,17 +1061,14 @@ def parse_flags(argv=None):
         if "task" in given:
             given["task"] = data.find_task(given["task"])
         s = settings_of(given)
+        in_one = s.method or PROCESSES == 1
+        expect(in_one, "--eval and --predict run in one process, without torchrun")
+        expect(not (s.eval and s.predict), "--eval or --predict, not both")
+        expect(s.corpus or s.task != "mlm" or not s.method, "--task mlm needs --corpus FILE")
+        expect(not s.seed or len(set(s.seed)) == len(s.seed), "--seed: the same seed twice")
+        return s
     except (ValueError, OSError) as error:
         p.error(str(error))
-    if s.eval and s.predict:
-        p.error("--eval or --predict, not both")
-    if PROCESSES > 1 and not s.method:
-        p.error("--eval and --predict run in one process, without torchrun")
-    if s.method and s.task == "mlm" and not s.corpus:
-        p.error("--task mlm needs --corpus FILE")
-    if s.seed and len(set(s.seed)) < len(s.seed):
-        p.error("--seed: the same seed twice")
-    return s
 
 # ---- main -----------------------------------------------------------------------------------
 
