@@ -931,10 +931,10 @@ def usual_dropout(s):
 
 # What is usual for a task, a method or --paper, where it differs from the table of flags.
 USUAL = {
-    "demo": {"epochs": 3, "pull": 0.2, "init": "zero", "weight_lr": 1e-3},
-    "mlm": {"epochs": 3, "weight_lr": 5e-5},
-    "lock": {"weight_lr": 1e-4},
-    "paper": {"init": "zero", "lam": 400.0, "dropout": 0.1},
+    "--task demo": {"epochs": 3, "pull": 0.2, "init": "zero", "weight_lr": 1e-3},
+    "--task mlm": {"epochs": 3, "weight_lr": 5e-5},
+    "--method lock": {"weight_lr": 1e-4},
+    "--paper True": {"init": "zero", "lam": 400.0, "dropout": 0.1},
 }
 YES, TEXT, TEXTS = {"action": "store_true"}, {"metavar": "X"}, {"metavar": "X", "nargs": "+"}
 WHOLE, POSITIVE, SHARE = number(1, kind=int), number(0, 1e6), number(0, 1)
@@ -1017,7 +1017,7 @@ def settings_of(given, positions=None, n=None):
     """All settings of a run: what was given, and a default for the rest. `positions` of the model
     and n training examples may be unknown. Raises ValueError for what has no effect."""
     s = argparse.Namespace(given=given, positions=positions, n=n, eval=given.get("eval"),
-                           predict=given.get("predict"), paper=False, method=None)
+                           predict=given.get("predict"), task=None, method=None, paper=False)
     for purpose, (applies, rows) in FLAGS.items():
         for flag, kind, _, default in rows:
             name = kind.get("dest", flag[2:].replace("-", "_"))
@@ -1025,9 +1025,7 @@ def settings_of(given, positions=None, n=None):
             expect(value is None or value is False or applies(s),
                    f"{flag} has no effect here: it is for {purpose}")
             if value is None and applies(s):
-                task = getattr(s, "task", "")
-                built_in = task if task in data.BUILT_IN else ""
-                for what in (s.method, built_in, "paper" * bool(s.paper)):
+                for what in (f"--method {s.method}", f"--task {s.task}", f"--paper {s.paper}"):
                     default = USUAL.get(what, {}).get(name, default)
                 value = default(s) if callable(default) else default
             setattr(s, name, value)
