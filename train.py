@@ -417,7 +417,7 @@ def run_once(s):
     started, run = time.monotonic(), Run(s)
     # torchrun passes on a ctrl-C that all have heard already.
     with data.only_run_in(run.out, RANK), data.interruptible(PROCESSES > 1) as run.interrupts:
-        if final := finished(s):  # it ended while this one was loading
+        if final := finished(run.s):  # it ended while this one was loading
             return final
         begin(run)
         introduce(run)
@@ -443,12 +443,13 @@ def finished(s):
     resumable = log or checkpoint.exists()
     data.claim(out, RESULTS, s.overwrite or (s.resume and resumable), "give "
                + "--resume to go on with it, " * bool(resumable) + "--overwrite, or another --out")
-    results = ["mask.safetensors"] * bool(s.scores_from or s.int8)
-    results += ["model/model.safetensors"] * s.trains_weights
-    are_there = all((out / name).is_file() for name in results)
-    if not s.resume or not log or log[-1]["event"] != "final" or not are_there:
+    if not s.resume or not log:
         return None
     data.compare_settings(out / "metrics.jsonl", log[0], recorded(s))
+    results = ["mask.safetensors"] * bool(s.scores_from or s.int8)
+    results += ["model/model.safetensors"] * s.trains_weights
+    if log[-1]["event"] != "final" or not all((out / name).is_file() for name in results):
+        return None
     whole = {"metrics", "best", "last", "kept", "total"} <= log[-1].keys()
     expect(whole, f"{out}/metrics.jsonl: its final record is damaged; start over with --overwrite")
     checkpoint.unlink(missing_ok=True)  # if the run was killed right after its final record
@@ -457,22 +458,18 @@ def finished(s):
 
 def begin(run):
     """Goes on from the checkpoint in the run's folder, or else clears what an earlier run left."""
-    path, checkpoint = run.out / "metrics.jsonl", run.out / "checkpoint.safetensors"
+    checkpoint = run.out / "checkpoint.safetensors"
     for what, there in from_first(run.origin).items():
         expect(there == run.origin[what] or what not in ("weights", "data"),
                f"process {RANK} reads other {what} than the first; give all the same files")
-    earlier = data.read_log(path) if run.s.resume else []
-    if earlier:
-        data.compare_settings(path, earlier[0], recorded(run.s))
-    if run.s.resume and checkpoint.exists():
+    if from_first(run.s.resume and checkpoint.exists()):
         load_checkpoint(run, checkpoint)
         print(f"resuming    after step {run.step} of {run.s.steps}")
     else:
-        if earlier:
+        if run.s.resume:
             print("resuming    there is no checkpoint yet: starting over")
-        from_first(None)  # all have looked
         by_first(data.remove, [checkpoint, *(run.out / name for name in RESULTS)])
-    by_first(data.write_log, path, run.log)
+    by_first(data.write_log, run.out / "metrics.jsonl", run.log)
 
 def finish(run, started):
     """The last checks, the final record, which it returns, and the report."""
