@@ -372,14 +372,13 @@ class Run(TaskModel):
         masks = self.masks()
         with smp.folded(self.layers, masks):
             metrics = self.asks.evaluate(self.dev_sets)
-        last = {"step": self.step, "epoch": self.step / self.s.epoch_steps,
-                "sparsity": data.sparsity_of(masks), "metrics": metrics}
-        self.log.append({"event": "eval"} | last | {"loss": loss, "lam": self.lam})
+        epoch, sparsity = self.step / self.s.epoch_steps, data.sparsity_of(masks)
+        self.log.append({"event": "eval", "step": self.step, "epoch": epoch, "sparsity": sparsity,
+                         "metrics": metrics, "loss": loss, "lam": self.lam})
         if self.best is self.log[-1]:
-            by_first(save_result, self, masks, last)
+            by_first(save_result, self, masks)
         by_first(data.write_log, self.out / "metrics.jsonl", self.log)
-        bar.write(f"epoch {last['epoch']:<5.4g} sparsity {last['sparsity']:.4f}  "
-                  f"{format_metrics(metrics)}")
+        bar.write(f"epoch {epoch:<5.4g} sparsity {sparsity:.4f}  {format_metrics(metrics)}")
 
     @property
     def best(self):
@@ -480,11 +479,10 @@ def finish(run, started):
         expect(header["step"] == run.best["step"], f"{run.out}/mask.safetensors: of another step "
                "than the best; start over with --overwrite", RuntimeError)
     kept, total = data.kept_and_total(masks)
-    best, last = [{name: entry[name] for name in ("step", "epoch", "sparsity", "metrics")}
-                  for entry in (run.best, run.log[-1])]
     bits, which = shipped(run, masks)
-    final = {"event": "final", "metrics": best["metrics"], "best": best, "last": last,
-             "frozen_unchanged": True, "kept": kept, "total": total, "new_bits": bits}
+    final = {"event": "final", "metrics": run.best["metrics"], "best": run.best,
+             "last": run.log[-1], "frozen_unchanged": True, "kept": kept, "total": total,
+             "new_bits": bits}
     data.write_log(run.out / "metrics.jsonl", [*run.log, final])
     data.remove(run.out.glob("checkpoint.safetensors*"))
     report(run, final, masks, which, time.monotonic() - started)
@@ -534,9 +532,9 @@ def fingerprint(model, tokenizer):
     weights = {name: tensor.float().cpu() + 0.0 for name, tensor in plain_state(model).items()}
     return data.checksum(json.dumps([config, words]), weights)
 
-def save_result(run, masks, record):
-    """Writes what the task needs beside the base model: the mask, and where weights train, the
-    masked model."""
+def save_result(run, masks):
+    """Writes what the task needs beside the base model, of the best evaluation: the mask, and where
+    weights train, the masked model."""
     s, belongs_to, name = run.s, run.fingerprint, str(run.s.model)
     if Path(name).is_dir():
         name = Path(name).resolve().name  # where it lies is of no use to others
@@ -550,7 +548,7 @@ def save_result(run, masks, record):
         data.save_packed(run.out / "mask.safetensors", "mask", masks, {
             "task": s.task, "method": s.method, "base": name, "fingerprint": belongs_to,
             "own_task": s.task not in data.BUILT_IN and vars(run.task) | {"home": ""},
-            "label_words": run.task.words, "settings": settings, **record})
+            "label_words": run.task.words, "settings": settings, **run.best})
 
 def bake(owner, masks):
     """A Bert with ordinary linears, whose zeros are in its weights."""
