@@ -786,15 +786,11 @@ def introduce(run):
 
 def report(run, final, masks, which, seconds):
     s, best, last = run.s, final["best"], final["last"]
-    mask, files = run.out / "mask.safetensors", [f"{run.out}/metrics.jsonl"]
     print()
     if masks:
         print(data.density_table(masks))
         sparsity = 1 - final["kept"] / final["total"]
         print(f"\nkept {final['kept']:,} of {final['total']:,} weights: sparsity {sparsity:.6f}")
-        files.append(f"{mask} ({mask.stat().st_size:,} bytes)")
-    if s.trains_weights:
-        files.append(f"{run.out}/model/")
     by = f"chosen on {s.holdout:.0%} of train, held out" if s.holdout else (
         "chosen on dev itself, so a little flattering")
     print(f"last   epoch {last['epoch']:<5.4g} {format_metrics(last['metrics'])}")
@@ -805,7 +801,9 @@ def report(run, final, masks, which, seconds):
         print("locked zeros: every one still zero")
     bits = final["new_bits"]
     print(f"new parameters for this task: {bits:,} bits, {bits / 8e6:.2f} MB ({which})")
-    print(f"{seconds:.0f} s, {data.peak_mb(s.device):,.0f} MB at most;", ", ".join(files))
+    files = [path for path in (run.out / name for name in RESULTS) if path.exists()]
+    files = ", ".join(f"{path} ({path.stat().st_size:,} bytes)" for path in files)
+    print(f"{seconds:.0f} s, {data.peak_mb(s.device):,.0f} MB at most; {files}")
 
 # ---- The demo: a BERT of our own, and the lesson in one table -------------------------------
 
