@@ -106,11 +106,12 @@ def learning_rate(step, steps, peak, warmup_steps, hold_steps=0):
 # ---- A model, and what a task asks of it ----------------------------------------------------
 
 class TaskModel:
-    """A BERT from a model folder, for the task in s, which asks for a word at some of the tokens of
-    a batch, its `places`: at each [CLS], or where words are hidden."""
+    """A BERT from a folder or the hub, for the task in s, which asks for a word at some tokens of a
+    batch, its `places`: at each [CLS], or where words are hidden."""
 
-    def __init__(self, folder, s, is_teacher=False):
-        self.base, self.s, self.task = folder, s, data.TASKS[s.task]
+    def __init__(self, name, s, is_teacher=False):
+        self.base = folder = bert.find_pretrained(name)
+        self.s, self.task = s, data.TASKS[s.task]
         self.model = bert.load_pretrained(folder, classifier=is_teacher and not self.task.mlm)
         self.tokenizer = data.load_tokenizer(folder)
         tokens = max(self.tokenizer.get_vocab().values()) + 1
@@ -119,9 +120,11 @@ class TaskModel:
                f"embedding {rows} rows; they are not of one model")
         expect(len(self.task.text) < 2 or self.model.config.type_vocab_size != 1,
                f"{folder}/config.json: type_vocab_size is 1; the pairs of {s.task} need 2 segments")
-        positions = self.model.config.max_position_embeddings
-        expect(4 <= s.max_length <= positions,
-               f"{folder}: it has {positions} positions, not {s.max_length}")
+        self.positions = self.model.config.max_position_embeddings
+        if s.max_length is LATER:
+            self.s = s = settings_of(s.given, self.positions)
+        expect(4 <= s.max_length <= self.positions,
+               f"{folder}: it has {self.positions} positions, not {s.max_length}")
         # At a small model's thousands of small products two threads mostly wait for each other.
         if s.device == "cpu" and "OMP_NUM_THREADS" not in os.environ and not is_teacher:
             is_small = sum(p.numel() for p in self.model.parameters()) < 5e6
@@ -275,20 +278,18 @@ class Run(TaskModel):
     def __init__(self, s):
         self.out, task = Path(s.out), data.TASKS[s.task]
         if task.folder:
-            first_and_others(data.ensure, task, s.data)
-        folder = first_and_others(bert.find_pretrained, s.model)
-        positions = bert.read_config(folder / "config.json").max_position_embeddings
-        super().__init__(folder, settings_of(s.given, positions))
+            by_first(data.ensure, task, s.data)
+        super().__init__(by_first(bert.find_pretrained, s.model), s)
         texts, labels = self.asks.read("train", s.limit)
         self.dev_sets = self.examples(*task.dev)
         if s.holdout:
             (texts, labels), held_out = data.split_off(texts, labels, s.holdout)
             self.dev_sets["holdout"] = self.asks.encode(*held_out)
         self.train_set = self.asks.encode(texts, labels)
-        self.s = s = settings_of(s.given, positions, len(self.train_set))
+        self.s = s = settings_of(s.given, self.positions, len(self.train_set))
         self.teacher = lambda batch: None
         if s.teacher:
-            teacher = TaskModel(bert.find_pretrained(s.teacher), s, is_teacher=True)
+            teacher = TaskModel(s.teacher, s, is_teacher=True)
             self.teacher = self.asks.listen(teacher, texts)
         torch.manual_seed(s.seed)
         self.make_learnable()
@@ -633,7 +634,7 @@ class MaskFile(TaskModel):
         shipped_model = beside if is_beside else run.get("model")
         folder = s.given.get("model") or shipped_model
         expect(folder, f"{path}: made for {base}; say with --model where that is")
-        super().__init__(bert.find_pretrained(folder), s)
+        super().__init__(folder, s)
         self.layers = smp.prune(self.model, prunable(self.model))
         for layer in self.layers.values():
             layer.int8 = self.int8
@@ -833,9 +834,7 @@ def run_silently(**given):
 
 def compare(s, learned):
     """Prints what the learned mask is worth, beside other things to do with the same weights."""
-    folder = bert.find_pretrained(s.model)
-    positions = bert.read_config(folder / "config.json").max_position_embeddings
-    frozen = TaskModel(folder, settings_of(s.given, positions))
+    frozen = TaskModel(s.model, s)
     dev = frozen.examples(*frozen.task.dev)
 
     def accuracy():
@@ -1161,12 +1160,6 @@ def from_first(x):
 def by_first(work, *inputs):
     """What work(*inputs) returns in the first process, which alone does it."""
     return from_first(None if RANK else work(*inputs))
-
-def first_and_others(work, *inputs):
-    """What work(*inputs) returns. The first process does it; then the others, and find it done."""
-    found = None if RANK else work(*inputs)
-    from_first(None)
-    return work(*inputs) if RANK else found
 
 def add_up(tensors):
     """Makes each tensor the sum of those of all processes, in place."""
