@@ -835,22 +835,19 @@ def run_silently(**given):
 def compare(s, learned):
     """Prints what the learned mask is worth, beside other things to do with the same weights."""
     frozen = TaskModel(s.model, s)
-    dev = frozen.examples(*frozen.task.dev)
-
-    def accuracy():
-        return frozen.asks.evaluate(dev)["accuracy"]
-
+    dev = frozen.examples("dev")
     labels = dev["dev"].labels
-    rows = {"chance: always the commoner label": max(np.bincount(labels)) / len(labels),
-            "the frozen model, nothing pruned": accuracy()}
+    rows = {"chance: always the commoner label": max(np.bincount(labels)) / len(labels)}
     torch.manual_seed(s.seed[0])
     layers = smp.prune(frozen.model, prunable(frozen.model))
     sparsity = 1 - learned["kept"] / learned["total"]
-    for name, scores_of in {"random": torch.rand_like, "magnitude": torch.abs}.items():
+    for what, init, removed in [("the frozen model, nothing pruned", "zero", 0.0),
+                                ("a random mask, untrained", "random", sparsity),
+                                ("a magnitude mask, untrained", "magnitude", sparsity)]:
         for layer in layers.values():
-            layer.scores.data = scores_of(layer.dense_weight)
-        smp.choose_masks(layers, sparsity, "smp-l")
-        rows[f"a {name} mask, untrained"] = accuracy()
+            layer.scores.data = smp.initial_scores(layer.dense_weight, init)
+        smp.choose_masks(layers, removed, "smp-l")
+        rows[what] = frozen.asks.evaluate(dev)["accuracy"]
     rows["the learned mask"] = learned["last"]["metrics"]["accuracy"]
     # The same for every mask: trained once and kept.
     names = ("data", "model", "device", "precision", "max_length")
