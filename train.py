@@ -59,12 +59,12 @@ def train_step(run, batch):
     run.choose_masks()  # by the rule of the method, at this step's sparsity
     batch, share = part_of(batch)  # in one process all of it, and 1
     batch = run.on_device(batch)
+    run.model.train()
     torch.manual_seed(data.seed_of(s.seed, run.step, RANK + 1))  # so a resumed run drops the same
 
     logits = run.logits(batch)  # each layer uses W' = W * M
     taught = run.teacher(batch)
-    loss = smp.objective(logits, batch["labels"], taught, s.temperature, s.teacher_weight)
-    loss = share * loss
+    loss = share * smp.objective(logits, batch["labels"], taught, s.temperature, s.teacher_weight)
     loss.backward()  # now scores.grad is dL/dW' * W
     loss = loss.detach()
     add_up([loss, *(p.grad for p in run.learned if p.grad is not None)])  # over processes
@@ -160,12 +160,10 @@ class TaskModel:
     @torch.inference_mode()
     def answers(self, batches):
         """Yields (batch, logits), without dropout. Several processes share the batches out."""
-        was_training = self.model.training
         self.model.eval()
         for batch in itertools.islice(batches, RANK, None, PROCESSES):
             batch = self.on_device(batch)
             yield batch, self.logits(batch)
-        self.model.train(was_training)
 
 class Labels:
     """What a task with labels asks: at each [CLS] for one of the label words."""
@@ -330,7 +328,6 @@ class Run(TaskModel):
         groups = [group for group in groups if group["params"]]
         self.learned = [p for group in groups for p in group["params"]]
         self.optimizer = torch.optim.AdamW(groups, fused=True) if groups else None
-        model.train()
 
     def batches(self):
         """The batches of all steps that are still to do."""
