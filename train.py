@@ -607,31 +607,30 @@ class MaskFile(TaskModel):
 
     def __init__(self, path, s):
         self.path, (self.masks, self.header) = path, data.load_packed(path, "mask")
-        log = data.read_log(Path(path).parent / "metrics.jsonl")  # of its run, if that is here
-        run, beside = log[0] if log else {}, Path(path).parent / "model"
+        beside = Path(path).parent
+        log = data.read_log(beside / "metrics.jsonl")
+        where = log[0] if log else {}  # model, data and corpus of its run, if that is here
         with data.reading(path, "a mask that train.py wrote"):
             task, base, own = [self.header[name] for name in ("task", "base", "fingerprint")]
             settings = self.header["settings"]
-            own_task, there = self.header.get("own_task"), None
-            if own_task:
-                there = data.TASKS.get(task)  # if its task.json was given as well
-                task = data.add_task(own_task | {"home": there.home if there else ""})
+            if own_task := self.header.get("own_task"):
+                home = data.TASKS[task].home if task in data.TASKS else ""  # of a given task.json
+                data.add_task(own_task | {"home": home})
+                where["data"] = home or where.get("data")
+            if settings["trains_weights"] and (beside / "model/model.safetensors").is_file():
+                where["model"] = beside / "model"  # was shipped with the mask
+            where |= s.given
             self.int8, precision = bool(settings["int8"]), settings["precision"]
-            is_beside = settings["trains_weights"] and (beside / "model.safetensors").is_file()
             expect(task in data.TASKS and precision in PRECISIONS, "of another task or precision")
             s = argparse.Namespace(
                 task=task, device=s.device, sparse=s.sparse, max_length=int(settings["max_length"]),
                 precision="fp32" if s.sparse else precision,  # no sparse product is in bf16
-                data=s.given.get("data") or (there and there.home) or run.get("data")
-                or data.TASKS[task].home,
-                corpus=s.given.get("corpus") or run.get("corpus"), given=s.given)
+                data=where.get("data") or data.TASKS[task].home, corpus=where.get("corpus"),
+                given=s.given)
         asked = s.given.get("task", task)
         expect(asked == task, f"{path}: a mask for {task}; --task asks for {asked}")
-        # --model; or the model that was shipped with the mask; or the one that its run used.
-        shipped_model = beside if is_beside else run.get("model")
-        folder = s.given.get("model") or shipped_model
-        expect(folder, f"{path}: made for {base}; say with --model where that is")
-        super().__init__(folder, s)
+        expect(where.get("model"), f"{path}: made for {base}; say with --model where that is")
+        super().__init__(where["model"], s)
         self.layers = smp.prune(self.model, prunable(self.model))
         for layer in self.layers.values():
             layer.int8 = self.int8
