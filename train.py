@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import nn
 
 import bert
@@ -1109,8 +1108,7 @@ def main(argv=None):
             print("\ninterrupted; with --resume the same command goes on from a checkpoint, if any",
                   file=sys.stderr)
             raise SystemExit(130) from None
-        except (ValueError, OSError, ArithmeticError, RuntimeError, MemoryError,
-                SafetensorError) as error:
+        except (ValueError, OSError, ArithmeticError, RuntimeError, MemoryError) as error:
             if s.debug:
                 raise
             if RANK:  # if the first one fails too it says why, and torchrun ends the others
