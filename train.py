@@ -753,11 +753,8 @@ def predict_masks(s):
 # ---- What a person sees ---------------------------------------------------------------------
 
 def format_metrics(metrics):
-    """Metrics in words; "score" only where it is none of the others."""
-    others = [value for name, value in metrics.items() if name != "score"]
-    says_more = metrics["score"] not in others and "perplexity" not in metrics
-    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()
-                     if name != "score" or says_more)
+    """Metrics in words, without "score", which follows from the others."""
+    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "score")
 
 def introduce(run):
     """What this run is, before its first step."""
