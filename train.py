@@ -214,10 +214,6 @@ class Labels:
         known = torch.from_numpy(known).to(self.s.device)
         return lambda batch: known[batch["index"]]
 
-    def first_answer(self, examples):  # for a person
-        label = examples.labels[0]
-        return self.task.words[label] if self.task.labels else label
-
 class Words:
     """What masked language modelling asks: at hidden words for any word. Used as Labels is."""
 
@@ -263,9 +259,6 @@ class Words:
         expect(ours == theirs and head == their_head, f"--teacher {teacher.base}: its vocabulary, "
                f"or its MLM head, is not as in {self.owner.base}; expected one trained from that")
         return torch.no_grad()(teacher.logits)  # each time other words are hidden
-
-    def first_answer(self, examples):
-        return "the words that are hidden"
 
 # ---- One run --------------------------------------------------------------------------------
 
@@ -764,7 +757,9 @@ def introduce(run):
     print(textwrap.fill(f"settings    {settings}", 100, subsequent_indent=" " * 12,
                         break_long_words=False, break_on_hyphens=False))
     text = run.tokenizer.decode(run.train_set.ids[0], skip_special_tokens=False)
-    print(f"example     {data.printable(text)} -> {run.asks.first_answer(run.train_set)}")
+    answer = "the words that are hidden" if run.task.mlm else run.train_set.labels[0]
+    answer = run.task.words[answer] if run.task.labels else answer
+    print(f"example     {data.printable(text)} -> {answer}")
     head = "the MLM head" if run.model.mlm else "the words' embeddings (the model has no MLM head)"
     print(f"head        {head}")
     scores = sum(x.numel() for x in run.scores)
