@@ -348,8 +348,7 @@ class Run(TaskModel):
             self.lam = min(found, self.lam or found)
 
     def watch(self, loss, bar):
-        """Shows the progress. Raises FloatingPointError for a loss or scores that are not finite.
-        """
+        """Shows the progress. Raises FloatingPointError if the loss or a score is not finite."""
         norm = nn.utils.get_total_norm(self.scores)
         finite = math.isfinite(loss) and math.isfinite(norm)
         expect(finite, DIVERGED, FloatingPointError)
@@ -860,7 +859,7 @@ def number(low, high=math.inf, kind=float):
     def parse(string):
         with contextlib.suppress(ValueError):
             value = kind(string)
-            if low <= value <= high and math.isfinite(value):
+            if low <= value <= high:  # not so for nan
                 return value
         word = "whole number" if kind is int else "number"
         raise argparse.ArgumentTypeError(f"{string!r} is not a {word} from {low} to {high}")
@@ -897,8 +896,7 @@ def usual_batch_size(s):
     return size
 
 def usual_dropout(s):
-    """A network that keeps half of its weights can overfit by its choice, one with a tenth cannot.
-    """
+    """A network that keeps half of its weights can overfit by its choice; not with a tenth."""
     if s.trains_weights:
         return 0.0 if s.task == "demo" else 0.1
     return 0.2 if s.rule != "threshold" and (s.sparsity or 0.5) <= 0.5 else 0.0
