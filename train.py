@@ -254,10 +254,10 @@ class Words:
                 "score": math.exp(-loss / n)}
 
     def listen(self, teacher, texts):
-        (ours, head), (theirs, their_head) = [
-            (one.tokenizer.get_vocab(), one.model.mlm is None) for one in (self.owner, teacher)]
-        expect(ours == theirs and head == their_head, f"--teacher {teacher.base}: its vocabulary, "
-               f"or its MLM head, is not as in {self.owner.base}; expected one trained from that")
+        same_words = teacher.tokenizer.get_vocab() == self.tokenizer.get_vocab()
+        same_head = bool(teacher.model.mlm) == bool(self.owner.model.mlm)
+        expect(same_words and same_head, f"--teacher {teacher.base}: its vocabulary, or its MLM "
+               f"head, is not as in {self.owner.base}; expected one trained from that")
         return torch.no_grad()(teacher.logits)  # each time other words are hidden
 
 # ---- One run --------------------------------------------------------------------------------
@@ -774,8 +774,8 @@ def report(run, final, masks, which, seconds):
     print()
     if masks:
         print(data.density_table(masks))
-        sparsity = 1 - final["kept"] / final["total"]
-        print(f"\nkept {final['kept']:,} of {final['total']:,} weights: sparsity {sparsity:.6f}")
+        print(f"\nkept {final['kept']:,} of {final['total']:,} weights: "
+              f"sparsity {best['sparsity']:.6f}")
     by = f"chosen on {s.holdout:.0%} of train, held out" if s.holdout else (
         "chosen on dev itself, so a little flattering")
     print(f"last   epoch {last['epoch']:<5.4g} {format_metrics(last['metrics'])}")
