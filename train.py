@@ -267,8 +267,7 @@ class Run(TaskModel):
 
     def __init__(self, s):
         self.out, task = Path(s.out), data.TASKS[s.task]
-        if task.folder:
-            by_first(data.ensure, task, s.data)
+        by_first(data.ensure, task, s.data or "")
         super().__init__(by_first(bert.find_pretrained, s.model), s)
         texts, labels = self.asks.read("train", s.limit)
         self.dev_sets = self.examples(*task.dev)
