@@ -184,11 +184,7 @@ def split_off(texts, labels, share):
     chosen = np.random.default_rng(0).random(len(texts)) < share
     expect(chosen.any() and not chosen.all(),
            f"--holdout {share:g}: too few examples ({len(texts)}) to split")
-    parts = []
-    for inside in (False, True):
-        where = np.flatnonzero(chosen == inside)
-        parts.append(([texts[i] for i in where], labels[where]))
-    return parts
+    return [(list(itertools.compress(texts, part)), labels[part]) for part in (~chosen, chosen)]
 
 def read_corpus(path):
     """The texts of a corpus, a line each, blank ones left out -> {"train": texts, "dev": the last
