@@ -384,9 +384,8 @@ def batches(encoded, batch_size, generator=None):
     else:
         order = torch.randperm(len(encoded), generator=generator).numpy()
         # 50 batches: enough for batches of one length, few enough to stay random.
-        pools = np.split(order, range(50 * batch_size, len(order), 50 * batch_size))
-        by_length = [pool[np.argsort(lengths[pool], kind="stable")] for pool in pools]
-        order = np.concatenate(by_length)
+        pool = np.arange(len(order)) // (50 * batch_size)
+        order = order[np.lexsort([lengths[order], pool])]  # by pool, then by length
     groups = np.split(order, range(batch_size, len(order), batch_size))
     if generator is not None:
         groups = [groups[i] for i in torch.randperm(len(groups), generator=generator)]
@@ -394,18 +393,15 @@ def batches(encoded, batch_size, generator=None):
         yield _batch(encoded, index, lengths[index])
 
 def _batch(encoded, index, lengths):
-    shape = (len(index), lengths.max())
-    input_ids, segments, mask = np.zeros((3, *shape), np.int64)
-    input_ids += encoded.pad
-    for row, (i, length) in enumerate(zip(index, lengths, strict=True)):
-        input_ids[row, :length] = encoded.ids[i]
-        segments[row, :length] = encoded.segments[i]
-        mask[row, :length] = 1
+    mask = np.arange(lengths.max()) < lengths[:, None]  # (B, T)
+    input_ids, segments = np.full(mask.shape, encoded.pad), np.zeros(mask.shape, np.int64)
+    input_ids[mask] = np.concatenate([encoded.ids[i] for i in index])
+    segments[mask] = np.concatenate([encoded.segments[i] for i in index])
     return {"index": torch.from_numpy(index),
             "input_ids": torch.from_numpy(input_ids),
             "token_type_ids": torch.from_numpy(segments),
-            "attention_mask": None if mask.all() else torch.from_numpy(mask),
-            "places": torch.arange(len(index)) * shape[1],
+            "attention_mask": None if mask.all() else torch.from_numpy(mask).long(),
+            "places": torch.arange(len(index)) * mask.shape[1],
             "labels": None if encoded.labels is None else torch.from_numpy(encoded.labels[index])}
 
 def training_batches(encoded, s, step, ask):
