@@ -74,7 +74,7 @@ TASKS = {
     "sst2": Task("SST-2", ("sentence",), "label", ("0", "1"), ("terrible", "great"),
                  ("accuracy",), archive="SST-2"),
     "mrpc": Task("MRPC", ("#1 String", "#2 String"), "Quality", ("0", "1"), ("No", "Yes"),
-                 ("accuracy", "f1"), archive="none, see _build_mrpc"),
+                 ("accuracy", "f1"), archive="none, see _fetch_mrpc"),
     "stsb": Task("STS-B", ("sentence1", "sentence2"), "score", (), ("Yes",),
                  ("pearson", "spearman"), archive="STS-B"),
     "qqp": Task("QQP", ("question1", "question2"), "is_duplicate", ("0", "1"), ("No", "Yes"),
@@ -631,69 +631,59 @@ def ensure(task, data_dir):
     ValueError; what does not arrive whole is not left behind."""
     folder = Path(data_dir) / task.folder
     if folder.is_dir() or not task.archive:
-        return folder
+        return
     print(f"{folder} is not there: fetching it from the official place")
-    base = os.environ.get("GLUE_URL", GLUE_URL)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetching-") as scratch:
-        new = Path(scratch) / task.folder
-        new.mkdir()
-        if task.folder == "MRPC":
-            _build_mrpc(base, new)
-        else:
-            url = f"{base}/glue/data/{task.archive}.zip"
-            _unpack(_download(url, Path(scratch) / f"{task.archive}.zip"), task, new)
-        os.replace(new, folder)
-    return folder
+        fetch = _fetch_mrpc if task.folder == "MRPC" else _fetch_archive
+        fetch(task, Path(scratch))
+        os.replace(Path(scratch) / task.folder, folder)
 
-def _download(url, path):
+def _download(path, scratch):
+    """A file below GLUE_URL -> where it lies now."""
+    url, file = f"{os.environ.get('GLUE_URL', GLUE_URL)}/{path}", scratch / Path(path).name
     try:
-        with urllib.request.urlopen(url, timeout=30) as response, open(path, "wb") as file:
+        with urllib.request.urlopen(url, timeout=30) as response, open(file, "wb") as target:
             size = int(response.headers.get("Content-Length") or 0)
-            name = url.rpartition("/")[2]
-            with progress_bar(name, size or None, unit="B", unit_scale=True) as bar:
+            with progress_bar(file.name, size or None, unit="B", unit_scale=True) as bar:
                 while chunk := response.read(1 << 16):
-                    file.write(chunk)
+                    target.write(chunk)
                     bar.update(len(chunk))
                     expect(bar.n <= LARGEST, "larger than anything in GLUE")
+            expect(size in (0, bar.n), f"broke off after {bar.n} of {size} bytes; try again")
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise OSError(f"{url}: cannot be fetched ({error}); without a network, put GLUE's TSV "
                       "folders into --data") from None
-    arrived = path.stat().st_size
-    expect(size in (0, arrived), f"{url}: broke off after {arrived} of {size} bytes; try again",
-           OSError)
-    return path
+    return file
 
-def _unpack(archive, task, folder):
-    """Takes the files of a task, and no others, out of a zip."""
+def _fetch_archive(task, scratch):
+    """Takes the files of a task, and no others, out of its zip."""
+    archive = _download(f"glue/data/{task.archive}.zip", scratch)
     with reading(archive.name, "GLUE's archive of the task; try again"):
         with zipfile.ZipFile(archive) as z:
             for split in ("train", *task.dev, *task.test):
                 name = f"{task.folder}/{split}.tsv"
                 expect(name in z.namelist(), f"no {name} in it")
                 expect(z.getinfo(name).file_size <= LARGEST, f"{name} is larger than any in GLUE")
-                with z.open(name) as source, open(folder / f"{split}.tsv", "wb") as target:
-                    shutil.copyfileobj(source, target)
+                z.extract(name, scratch)
 
-def _build_mrpc(base, folder):
+def _fetch_mrpc(task, scratch):
     """MRPC has no archive: the rows of Microsoft's train file whose pair of ids stands in GLUE's
     list are dev, the rest train, in the order of the file. The test rows get an index in front."""
-    def get(url):
-        path = _download(f"{base}/{url}", folder / "raw")
-        lines = [line.split("\t") for line in read_lines(path)]
-        path.unlink()
-        return lines
-
-    dev_ids = {tuple(fields) for fields in get("glue/data/mrpc_dev_ids.tsv")}
+    dev_ids, labelled, unlabelled = [
+        [line.split("\t") for line in read_lines(_download(path, scratch))] for path in (
+            "glue/data/mrpc_dev_ids.tsv", "senteval/senteval_data/msr_paraphrase_train.txt",
+            "senteval/senteval_data/msr_paraphrase_test.txt")]
     tables = {"train": [MRPC_HEADER], "dev": [MRPC_HEADER],
               "test": ["index" + MRPC_HEADER.removeprefix("Quality")]}
-    for fields in get("senteval/senteval_data/msr_paraphrase_train.txt")[1:]:
-        split = "dev" if tuple(fields[1:3]) in dev_ids else "train"
-        tables[split].append("\t".join(fields))
-    for i, fields in enumerate(get("senteval/senteval_data/msr_paraphrase_test.txt")[1:]):
+    for fields in labelled[1:]:
+        tables["dev" if fields[1:3] in dev_ids else "train"].append("\t".join(fields))
+    for i, fields in enumerate(unlabelled[1:]):
         tables["test"].append("\t".join([str(i), *fields[1:]]))
+    (scratch / task.folder).mkdir()
     for split, lines in tables.items():
-        (folder / f"{split}.tsv").write_text("\n".join(lines) + "\n", "utf-8", newline="\n")
+        path = scratch / task.folder / f"{split}.tsv"
+        path.write_text("\n".join(lines) + "\n", "utf-8", newline="\n")
 
 # ---- Files that are whole, whatever happens -------------------------------------------------
 
