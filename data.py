@@ -246,9 +246,11 @@ def _parse_label(task, string, place):
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "tokenizer_config.json")
 
-YES_OR_NO = (True, False)
-SAID = {  # what a model's files may say of its tokenizer: the values that are followed
-    "do_lower_case": YES_OR_NO, "strip_accents": YES_OR_NO, "tokenize_chinese_chars": YES_OR_NO,
+# What a model's files may say of its tokenizer: of what comes before the words, by its name in the
+# tokenizers library; and of all the values that are followed.
+NORMALIZER = {"do_lower_case": "lowercase", "strip_accents": "strip_accents",
+              "tokenize_chinese_chars": "handle_chinese_chars"}
+SAID = dict.fromkeys(NORMALIZER, (True, False)) | {
     "unk_token": ("[UNK]",), "cls_token": ("[CLS]",), "sep_token": ("[SEP]",),
     "pad_token": ("[PAD]",), "mask_token": ("[MASK]",),
     "tokenizer_class": ("BertTokenizer", "BertTokenizerFast", "DistilBertTokenizer",
@@ -266,34 +268,28 @@ def load_tokenizer(folder):
             value = found[key].get("content") if isinstance(found[key], dict) else found[key]
             expect(value is None or value in SAID[key], f"{path.with_name(name)}: {key} is "
                    f"{value!r}; expected {' or '.join(map(str, SAID[key]))}")
-            said |= {} if value is None else {key: value}
-    lower, strip, chinese = [said.get(key) for key in (
-        "do_lower_case", "strip_accents", "tokenize_chinese_chars")]
-    if path.is_file():
-        with reading(path, "a tokenizer"):
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
-            tokenizer.no_padding()  # the file may bring its own; ours belongs to the batch
-            tokenizer.no_truncation()
-            own = json.loads(tokenizer.to_str())["normalizer"] or {}
-            asked = {"lowercase": lower, "strip_accents": strip, "handle_chinese_chars": chinese}
-            for key, value in asked.items():
-                expect(value is None or own.get(key, value) == value, f"{key} is {own.get(key)}, "
-                       f"tokenizer_config.json says {value}; make them agree")
-    else:
+            said[key] = value
+    asked = {name: said[key] for key, name in NORMALIZER.items() if said.get(key) is not None}
+    if not path.is_file():
         path = path.with_name("vocab.txt")
         expect(path.is_file(), f"{path}: no such file, and no tokenizer.json; a model folder needs "
                "one of the two", FileNotFoundError)
-        with reading(path, "a vocabulary, a token a line, in UTF-8"):
+    with reading(path, "a tokenizer for BERT"):
+        if path.suffix == ".json":
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            tokenizer.no_padding()  # the file may bring its own; ours belongs to the batch
+        else:
             vocab = {token: i for i, token in enumerate(read_lines(path))}
             missing = [token for token in SPECIAL[1:4] if token not in vocab]
             expect(not missing, f"no {missing} in it")
-            tokenizer = tokenizers.BertWordPieceTokenizer(
-                vocab, lowercase=lower is not False, strip_accents=strip,
-                handle_chinese_chars=chinese is not False)
-    with reading(path, "BERT's tokenizer"):
-        pair = tokenizer.encode("a", "b")
+            tokenizer = tokenizers.BertWordPieceTokenizer(vocab, **asked)
+        own = json.loads(tokenizer.to_str())["normalizer"] or {}
+        for name, value in asked.items():
+            expect(own.get(name, value) == value, f"{name} is {own.get(name)}, "
+                   f"tokenizer_config.json says {value}; make them agree")
         ends = [tokenizer.encode("a").tokens[place] for place in (0, -1)]
-        expect(ends == ["[CLS]", "[SEP]"] and set(pair.type_ids) <= {0, 1},
+        segments = {*tokenizer.encode("a", "b").type_ids}
+        expect(ends == ["[CLS]", "[SEP]"] and segments <= {0, 1},
                "a text must become [CLS] ... [SEP], in segments 0 and 1")
     added = path.with_name("added_tokens.json")
     for token, number in (read_json(added) if added.is_file() else {}).items():
