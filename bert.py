@@ -174,47 +174,32 @@ class Bert(nn.Module):
 
 # ---- Checkpoints ----------------------------------------------------------------------------
 
-# Hugging Face's module -> ours, "*" a layer's number. Read left to right to load, right to left
-# to save. `cls.predictions.bias` is `mlm.bias`. The encoder's names may begin with `bert.` or
-# `distilbert.`, as ours do when they are saved.
-NAMES = {
-    "bert": {
-        "embeddings.word_embeddings":               "embeddings.word",
-        "embeddings.position_embeddings":           "embeddings.position",
-        "embeddings.token_type_embeddings":         "embeddings.token_type",
-        "embeddings.LayerNorm":                     "embeddings.norm",
-        "encoder.layer.*.attention.self.query":     "layers.*.Q",
-        "encoder.layer.*.attention.self.key":       "layers.*.K",
-        "encoder.layer.*.attention.self.value":     "layers.*.V",
-        "encoder.layer.*.attention.output.dense":   "layers.*.O",
-        "encoder.layer.*.intermediate.dense":       "layers.*.U",
-        "encoder.layer.*.output.dense":             "layers.*.D",
-        "encoder.layer.*.attention.output.LayerNorm": "layers.*.attention_norm",
-        "encoder.layer.*.output.LayerNorm":         "layers.*.output_norm",
-        "cls.predictions.transform.dense":          "mlm.dense",
-        "cls.predictions.transform.LayerNorm":      "mlm.norm",
-        "cls.predictions":                          "mlm",
-        "pooler.dense":                             "classifier.dense",
-        "classifier":                               "classifier.classes",
-    },
-    "distilbert": {
-        "embeddings.word_embeddings":               "embeddings.word",
-        "embeddings.position_embeddings":           "embeddings.position",
-        "embeddings.LayerNorm":                     "embeddings.norm",
-        "transformer.layer.*.attention.q_lin":      "layers.*.Q",
-        "transformer.layer.*.attention.k_lin":      "layers.*.K",
-        "transformer.layer.*.attention.v_lin":      "layers.*.V",
-        "transformer.layer.*.attention.out_lin":    "layers.*.O",
-        "transformer.layer.*.ffn.lin1":             "layers.*.U",
-        "transformer.layer.*.ffn.lin2":             "layers.*.D",
-        "transformer.layer.*.sa_layer_norm":        "layers.*.attention_norm",
-        "transformer.layer.*.output_layer_norm":    "layers.*.output_norm",
-        "vocab_transform":                          "mlm.dense",
-        "vocab_layer_norm":                         "mlm.norm",
-        "vocab_projector":                          "mlm",
-        "pre_classifier":                           "classifier.dense",
-        "classifier":                               "classifier.classes",
-    },
+# Our modules and Hugging Face's, in a BERT and in a DistilBERT. There "*" is the start of a layer's
+# names, `encoder.layer.N` or `transformer.layer.N`. `cls.predictions.bias` is `mlm.bias`. The
+# encoder's names may begin with `bert.` or `distilbert.`, as ours do when they are saved.
+MODULES = [row.split() for row in """
+    embeddings.word           embeddings.word_embeddings            embeddings.word_embeddings
+    embeddings.position       embeddings.position_embeddings        embeddings.position_embeddings
+    embeddings.token_type     embeddings.token_type_embeddings      -
+    embeddings.norm           embeddings.LayerNorm                  embeddings.LayerNorm
+    layers.*.Q                *.attention.self.query                *.attention.q_lin
+    layers.*.K                *.attention.self.key                  *.attention.k_lin
+    layers.*.V                *.attention.self.value                *.attention.v_lin
+    layers.*.O                *.attention.output.dense              *.attention.out_lin
+    layers.*.U                *.intermediate.dense                  *.ffn.lin1
+    layers.*.D                *.output.dense                        *.ffn.lin2
+    layers.*.attention_norm   *.attention.output.LayerNorm          *.sa_layer_norm
+    layers.*.output_norm      *.output.LayerNorm                    *.output_layer_norm
+    mlm.dense                 cls.predictions.transform.dense       vocab_transform
+    mlm.norm                  cls.predictions.transform.LayerNorm   vocab_layer_norm
+    mlm                       cls.predictions                       vocab_projector
+    classifier.dense          pooler.dense                          pre_classifier
+    classifier.classes        classifier                            classifier
+""".strip().split("\n")]
+NAMES = {  # {model_type: {theirs: ours}}
+    "bert": {bert.replace("*", "encoder.layer.*"): ours for ours, bert, _ in MODULES},
+    "distilbert": {distilbert.replace("*", "transformer.layer.*"): ours
+                   for ours, _, distilbert in MODULES if distilbert != "-"},
 }
 # Second copies of a tensor that some exports store. They must equal the first copy.
 TIED = {
