@@ -72,7 +72,7 @@ class Layer(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.heads, self.attention_dropout = c.num_attention_heads, c.attention_probs_dropout_prob
+        self.heads = c.num_attention_heads
         self.Q = nn.Linear(c.hidden_size, c.hidden_size)
         self.K = nn.Linear(c.hidden_size, c.hidden_size)
         self.V = nn.Linear(c.hidden_size, c.hidden_size)
@@ -81,6 +81,7 @@ class Layer(nn.Module):
         self.D = nn.Linear(c.intermediate_size, c.hidden_size)
         self.attention_norm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
         self.output_norm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
+        self.attention_dropout = nn.Dropout(c.attention_probs_dropout_prob)
         self.dropout = nn.Dropout(c.hidden_dropout_prob)
 
     def forward(self, x, attention_mask):  # (B, T, hidden), (B, 1, 1, T) or None
@@ -89,7 +90,7 @@ class Layer(nn.Module):
 
         a = F.scaled_dot_product_attention(
             split(self.Q(x)), split(self.K(x)), split(self.V(x)), attn_mask=attention_mask,
-            dropout_p=self.attention_dropout if self.training else 0.0)
+            dropout_p=self.attention_dropout.p if self.training else 0.0)
         a = a.transpose(1, 2).flatten(2)  # (B, T, hidden)
         x = self.attention_norm(x + self.dropout(self.O(a)))
         return self.output_norm(x + self.dropout(self.D(F.gelu(self.U(x)))))
@@ -156,8 +157,6 @@ class Bert(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Dropout):
                 module.p = p
-            if isinstance(module, Layer):
-                module.attention_dropout = p
 
     def label_logits(self, hidden, label_ids):
         """Last hidden states (B, T, hidden), ids of the label words (C,) -> their logits at [CLS]
