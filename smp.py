@@ -148,10 +148,13 @@ def largest(stack, k):
     """Scores (m, n) and counts k (m,) -> bool masks (m, n) of the k largest of each row: all above
     the row's k-th score, then the first that equal it, until k are kept."""
     on_cpu, k = stack.is_cpu, k.int()
-    if on_cpu:  # NumPy compares five times as fast; it has no bfloat16
-        wide = torch.promote_types(stack.dtype, torch.float32)
+    if on_cpu:  # NumPy finds the k-th without sorting, and compares five times as fast
+        wide = torch.promote_types(stack.dtype, torch.float32)  # it has no bfloat16
         stack, k = stack.detach().to(wide).numpy(), k.numpy()
-    threshold = kth_largest(stack, k)
+        rows = zip(stack, k.clip(1), strict=True)  # for k = 0 the largest, of which none stays
+        threshold = np.stack([np.partition(row, -n)[[-n]] for row, n in rows])
+    else:  # a GPU sorts fast
+        threshold = stack.sort(1, descending=True).values.gather(1, k.clip(1)[:, None] - 1)
     mask = stack >= threshold
     surplus = mask.sum(1, dtype=k.dtype) - k  # more than one score may equal the threshold
     if not on_cpu or surplus.any():  # to look would make the host wait for a GPU
@@ -159,14 +162,6 @@ def largest(stack, k):
         allowed = equal.sum(1, dtype=k.dtype) - surplus
         mask &= ~equal | (equal.cumsum(1, dtype=k.dtype) <= allowed[:, None])
     return torch.as_tensor(mask)
-
-def kth_largest(stack, k):
-    """Scores (m, n), counts (m,) -> the k-th largest of each row (m, 1); for k = 0 the largest.
-    NumPy finds it without sorting. A GPU sorts fast."""
-    k = k.clip(1)
-    if isinstance(stack, np.ndarray):
-        return np.stack([np.partition(row, -n)[[-n]] for row, n in zip(stack, k, strict=True)])
-    return stack.sort(1, descending=True).values.gather(1, k[:, None] - 1)
 
 def two_of_four(scores, n_keep):
     """The bool mask of the two largest of each four neighbours in a row, the first of equals first:
