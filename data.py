@@ -522,14 +522,12 @@ def save_packed(path, kind, tensors, header, pack=True):
     stored, shapes = {}, {}
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
-        is_mask, n = tensor.dtype == torch.bool, tensor.numel()
-        if is_mask or (pack and n <= LARGEST_MATRIX):
-            flags = tensor != 0
-            mostly_set = 2 * flags.count_nonzero() > n
-            if is_mask or not mostly_set:
-                rarer, of_them = ("holes", ~flags) if mostly_set else ("places", flags)
-                stored[f"{name}:{rarer}"] = torch.tensor(encode_gaps(of_them.numpy()))
-                shapes[name], tensor = list(tensor.shape), tensor[flags]
+        is_mask, flags = tensor.dtype == torch.bool, tensor != 0
+        few_set = 2 * flags.count_nonzero().item() <= tensor.numel()
+        if is_mask or (pack and few_set and tensor.numel() <= LARGEST_MATRIX):
+            key = f"{name}:places" if few_set else f"{name}:holes"
+            stored[key] = torch.tensor(encode_gaps((flags == few_set).numpy()))
+            shapes[name], tensor = list(tensor.shape), tensor[flags]
         if not is_mask:
             stored[name] = tensor
     check_sizes(shapes)
@@ -559,15 +557,14 @@ def load_packed(path, kind):
         check_sizes(shapes)
         tensors = {name: tensor for name, tensor in stored.items() if ":" not in name}
         for name, shape in shapes.items():
-            inverted = f"{name}:holes" in stored
-            packed = stored[f"{name}:holes" if inverted else f"{name}:places"]
-            flags = torch.from_numpy(decode_gaps(packed.numpy(), math.prod(shape)))
-            flags = ~flags if inverted else flags
+            few_set = f"{name}:holes" not in stored
+            packed = stored[f"{name}:places" if few_set else f"{name}:holes"]
+            flags = decode_gaps(packed.numpy(), math.prod(shape)) == few_set
+            tensors[name] = torch.from_numpy(flags).view(shape)
             if name in stored:  # the values at those places; a mask has none
-                values = stored[name]
-                expect(len(values) == flags.sum(), f"{name} has other values than places")
-                found = values.new_zeros(len(flags)).masked_scatter(flags, values)
-            tensors[name] = (found if name in stored else flags).view(shape)
+                expect(len(stored[name]) == flags.sum(), f"{name} has other values than places")
+                zeros = stored[name].new_zeros(shape)
+                tensors[name] = zeros.masked_scatter(tensors[name], stored[name])
     return tensors, header
 
 def encode_gaps(flags):
