@@ -853,18 +853,17 @@ NEGATED = ("the {} was not {}", "the {} was not at all {}", "the {} was never {}
            "i never found the {} {}", "nobody found the {} {}", "the {} was hardly {}")
 OPENERS = ("", "", "", "honestly , ", "for me ", "well , ", "i must say ", "as always ")
 VERDICTS = ("it was {}", "overall it was {}", "simply {}", "what a {} film")
-SIZES = {"test": 1000, "dev": 1000, "train": 8000, "corpus": 16_000}
 
-def write_demo(folder, seed=0, sizes=SIZES):
+def write_demo(folder):
     """Writes a made-up task in SST-2's layout, DEMO/{train,dev,test}.tsv, and what a BERT learns
     its language from: corpus.txt and vocab.txt. Raises FileExistsError rather than replace a file
     that is not the demo's."""
     # No word tells alone: "hardly dull" is praise. The corpus has no labels, but each text ends in
     # a verdict, "... . overall it was great". No sentence of dev or test is in train or the corpus.
-    rng, held_out, files = random.Random(seed), set(), {}
-    for split in ("test", "dev", "train"):
+    rng, held_out, files = random.Random(0), set(), {}
+    for split, size in {"test": 1000, "dev": 1000, "train": 8000}.items():
         reviews = []
-        for _ in range(sizes[split]):
+        for _ in range(size):
             reviews.append(_review(rng, held_out))
             if split != "train":
                 held_out.add(reviews[-1][0])
@@ -873,7 +872,7 @@ def write_demo(folder, seed=0, sizes=SIZES):
             lines = ["index\tsentence", *(f"{i}\t{text}" for i, (text, _) in enumerate(reviews))]
         files[f"DEMO/{split}.tsv"] = lines
     corpus = []
-    for _ in range(sizes["corpus"]):
+    for _ in range(16_000):
         text, good = _review(rng, held_out)
         verdict = rng.choice(VERDICTS).format("great" if good else "terrible")
         corpus.append(f"{text} . {verdict}")
