@@ -306,13 +306,6 @@ def add_regularizer_gradient(scores, strength):
         s.grad = torch.zeros_like(s) if s.grad is None else s.grad
         s.grad.add_(slope, alpha=strength / (len(scores) * s.numel()))
 
-def task_loss(logits, labels):
-    """Logits (B, C), class numbers (B,) -> cross-entropy; -100 is skipped. For a regression,
-    logits (B, 1) and float labels (B,) -> squared error. A mean over the batch."""
-    if labels.is_floating_point():
-        return F.mse_loss(logits[:, 0], labels)
-    return F.cross_entropy(logits, labels)
-
 def distillation_loss(student_logits, teacher_logits, temperature=2.0):
     """T^2 KL(teacher || student) of softmax(logits / T), logits (B, C), a mean over the batch; for
     a regression, logits (B, 1), the squared difference (Eq. 7, Details 8)."""
@@ -324,9 +317,13 @@ def distillation_loss(student_logits, teacher_logits, temperature=2.0):
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 def objective(logits, labels, teacher_logits=None, temperature=2.0, teacher_weight=0.5):
-    """task_loss, or with a teacher the weighted mean of task_loss and distillation_loss, a scalar.
-    Eq. 6 is objective + lambda * regularizer."""
-    loss = task_loss(logits, labels)
+    """The loss, a mean over the batch: of logits (B, C) and class numbers (B,) the cross-entropy,
+    -100 skipped; of a regression, logits (B, 1) and float labels (B,), the squared error. With a
+    teacher its weighted mean with distillation_loss. Eq. 6 is objective + lambda * regularizer."""
+    if labels.is_floating_point():
+        loss = F.mse_loss(logits[:, 0], labels)
+    else:
+        loss = F.cross_entropy(logits, labels)
     if teacher_logits is not None:
         distilled = distillation_loss(logits, teacher_logits, temperature)
         loss = (1 - teacher_weight) * loss + teacher_weight * distilled
