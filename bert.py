@@ -304,13 +304,11 @@ def _config_value(path, raw, key, field):
     # Old configs leave out what was then a constant; a size that is missing is an error.
     optional = field.type is float or field.name == "type_vocab_size"
     value = raw.get(key, field.default if optional else None)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if field.type is float and is_number and 0 <= value < 1:
-        return float(value)
-    if field.type is int and is_number and 1 <= value <= LARGEST_SIZE and value == int(value):
-        return int(value)
-    expected = f"an integer from 1 to {LARGEST_SIZE:,}" if field.type is int else "a share below 1"
-    raise ValueError(f"{path}: {key} is {value!r}; expected {expected}")
+    low, high = (1, LARGEST_SIZE) if field.type is int else (0, 0.999)
+    if type(value) not in (int, field.type) or not low <= value <= high:
+        raise ValueError(f"{path}: {key} is {value!r}; expected {field.type.__name__}, "
+                         f"{low} to {high:,}")
+    return field.type(value)
 
 def load_pretrained(folder, classifier=False):
     """A folder with config.json and model.safetensors -> Bert, float32, in eval mode.
