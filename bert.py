@@ -175,7 +175,7 @@ class Bert(nn.Module):
 
 # Our modules and Hugging Face's, in a BERT and in a DistilBERT. There "*" is the start of a layer's
 # names, `encoder.layer.N` or `transformer.layer.N`. `cls.predictions.bias` is `mlm.bias`. The
-# encoder's names may begin with `bert.` or `distilbert.`, as ours do when they are saved.
+# encoder's names may begin with `bert.` or `distilbert.`, and do in the files that we save.
 MODULES = [row.split() for row in """
     embeddings.word           embeddings.word_embeddings            embeddings.word_embeddings
     embeddings.position       embeddings.position_embeddings        embeddings.position_embeddings
@@ -234,6 +234,7 @@ def our_name(name, model_type="bert"):
     name = name.removeprefix(f"{model_type}.")
     if name in TIED:
         return TIED[name]
+    # The end of LayerNorm and of layer_norm.
     name = name.replace("orm.gamma", "orm.weight").replace("orm.beta", "orm.bias")
     return "dropped" if name in DROPPED else _rename(name, NAMES[model_type])
 
@@ -262,7 +263,7 @@ def find_pretrained(name):
             f"{name}: neither a local folder nor to be had from the hub ({reason}); give a folder "
             "with config.json, model.safetensors and vocab.txt or tokenizer.json") from error
 
-def _check_exists(path):
+def _check_file(path):
     others = [*path.parent.glob("*.bin"), *path.parent.glob("*.index.json")]
     mend = "a model folder holds config.json, model.safetensors and vocab.txt or tokenizer.json"
     if others and path.suffix == ".safetensors":
@@ -279,7 +280,7 @@ LARGEST_SIZE = 10_000_000  # of any dimension; larger than any BERT's vocabulary
 def read_config(path):
     """config.json -> Config. Raises FileNotFoundError, and ValueError naming the key that is
     missing or asks for a BERT that is not this one."""
-    _check_exists(Path(path))
+    _check_file(Path(path))
     try:
         raw = json.loads(Path(path).read_text("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -319,7 +320,7 @@ def load_pretrained(folder, classifier=False):
     kind, or not finite."""
     path = Path(folder) / "model.safetensors"
     config = read_config(path.with_name("config.json"))
-    _check_exists(path)
+    _check_file(path)
     try:
         stored = load_file(path)
     except Exception as error:

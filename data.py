@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Task:
-    """One row of the table, or a task.json. A regression has one label word and no labels; masked
+    """One row of TASKS, or a task.json. A regression has one label word and no labels; masked
     language modelling (MLM) asks for any word, and its texts are a file of their own."""
     folder: str                     # below --data
     text: tuple                     # the column or the two columns of the text
@@ -74,7 +74,7 @@ TASKS = {
     "sst2": Task("SST-2", ("sentence",), "label", ("0", "1"), ("terrible", "great"),
                  ("accuracy",), archive="SST-2"),
     "mrpc": Task("MRPC", ("#1 String", "#2 String"), "Quality", ("0", "1"), ("No", "Yes"),
-                 ("accuracy", "f1"), archive="none, see _fetch_mrpc"),
+                 ("accuracy", "f1"), archive="-"),  # see _fetch_mrpc
     "stsb": Task("STS-B", ("sentence1", "sentence2"), "score", (), ("Yes",),
                  ("pearson", "spearman"), archive="STS-B"),
     "qqp": Task("QQP", ("question1", "question2"), "is_duplicate", ("0", "1"), ("No", "Yes"),
@@ -159,14 +159,14 @@ def read_split(task, data_dir, split, limit=None):
     for column in wanted:
         expect(column in columns, f"{path}, line 1: no column {column!r} in the header; expected "
                f"{', '.join(wanted)}, found {printable(', '.join(columns), 120)}")
-    places = [columns.index(column) for column in task.text]
+    of_text = [columns.index(column) for column in task.text]
     texts, labels = [], []
     for number, fields in itertools.islice(rows, limit):
         if task.skip_short_lines and len(fields) < len(columns) and split == "train":
             continue
         place = f"{path}, line {number}"
         _check_fields(place, fields, len(columns))
-        text = tuple(fields[place] for place in places)
+        text = tuple(fields[i] for i in of_text)
         texts.append(text if len(text) > 1 else text[0])
         if not is_test:
             labels.append(_parse_label(task, fields[columns.index(task.label)], place))
@@ -428,13 +428,13 @@ def hide_words(batch, tokenizer, generator, rate=0.15, cls_word=False, everywher
     mask = batch["attention_mask"]
     mask = torch.ones_like(ids) if mask is None else mask
     draw[torch.isin(ids, special) | (mask == 0)] = 2  # above any rate
-    asked = draw <= max(rate, draw.min())  # one word at least
+    asked = draw <= max(rate, draw.min())  # one at least; encode_corpus leaves a word in each
     fate = torch.rand(ids.shape, generator=generator)
     random_ids = torch.randint(tokenizer.get_vocab_size(), ids.shape, generator=generator)
     hidden = ids.masked_fill(asked & (fate < 0.8), tokenizer.token_to_id("[MASK]"))
     hidden = torch.where(asked & (fate >= 0.9), random_ids, hidden)
     labels = ids.where(asked, -100)
-    if cls_word:  # asks [CLS] for a word of its text: nothing else trains it, and the head reads it
+    if cls_word:  # also a word at [CLS], which the head reads and nothing else trains
         drawn = torch.rand(ids.shape, generator=generator) * (draw < 2)
         labels[:, 0] = ids.gather(1, drawn.argmax(1, keepdim=True))[:, 0]
     places = (mask if everywhere else labels >= 0).flatten().nonzero()[:, 0]
@@ -477,8 +477,8 @@ def spearman(predicted, true):
 
     return pearson(ranks(predicted), ranks(true))
 
-METRICS = {"accuracy": accuracy, "f1": f1, "matthews": pearson, "pearson": pearson,
-           "spearman": spearman}
+METRICS = {"accuracy": accuracy, "f1": f1, "pearson": pearson, "spearman": spearman,
+           "matthews": pearson}  # the same for 0 and 1
 
 def evaluate_metrics(task, logits, labels):
     """Logits (N, C), labels (N,) -> {metric: value}, all as fractions of 1."""

@@ -9,7 +9,7 @@ Backward, the mask counts as the scores themselves ("straight-through"):
     dL/dS = dL/dM = dL/dW' * W       for kept and for pruned weights alike    (Eq. 3)
 
 The weights never change: which of them stay is all that is learned. The loss is the task's, plus
-the mean of sigmoid(S) times a strength that grows from 0 to lam:
+the mean over the matrices of the mean of sigmoid(S), times a strength that grows from 0 to lam:
 
     layers = prune(model, names)
     scores = [layer.scores for layer in layers.values()]
@@ -23,7 +23,8 @@ the mean of sigmoid(S) times a strength that grows from 0 to lam:
         optimizer.zero_grad()
     choose_masks(layers, 0.9)  # the last step moved the scores
 
-Sparsity is the fraction REMOVED. Letters: n weights of a matrix, m matrices, B batch, C classes.
+Sparsity is the fraction REMOVED. Letters: n weights of a matrix, m matrices, L of them of one type,
+B batch, C classes.
 """
 
 import contextlib
@@ -49,15 +50,15 @@ class MaskedWeight(torch.autograd.Function):
     def backward(ctx, grad):  # dL/dW'
         W, M = ctx.saved_tensors
         need_W, _, need_S = ctx.needs_input_grad
-        return times(grad, M) if need_W else None, None, grad * W if need_S else None
+        return (times(grad, M) if need_W else None), None, (grad * W if need_S else None)
 
 def times(W, M):
     """W * M. Bytes become floats six times as fast as bools do."""
     return M.view(torch.uint8).to(W.dtype).mul_(W)
 
 class StraightThrough(torch.autograd.Function):
-    """Forward: `rounded` in place of x, a mask in place of scores. Backward: the identity, for kept
-    and pruned entries alike, so a pruned weight can come back."""
+    """Forward: `rounded`, a function of x as a mask is of its scores. Backward: the identity, for
+    kept and pruned entries alike. Of topk_mask, threshold_mask and fake_int8."""
     @staticmethod
     def forward(ctx, x, rounded):
         return rounded.to(x.dtype)
@@ -100,6 +101,7 @@ def initial_scores(weight, init):
     if init == "zero":  # the paper's
         return torch.zeros_like(weight)
     if init == "magnitude":  # so the first weights to go hardly matter
+        # 0.5 is typical: 25 steps of Adam at the rate 2e-2.
         return weight.abs() / (2 * weight.square().mean().sqrt()).clamp_min(1e-12)
     if init == "random":
         return torch.rand_like(weight)
@@ -114,7 +116,8 @@ def prune(model, names, init="magnitude"):
         if module.training and getattr(module, "track_running_stats", False):
             raise ValueError(f"{name}: its running statistics move in training; call eval() on it")
     for name in names:
-        linear, kind = modules[name], type(modules[name])
+        linear = modules.get(name)
+        kind = type(linear)
         hooks = [hook for key, value in vars(linear).items() if "_hooks" in key for hook in value]
         shared = sum(module is linear for module in modules.values()) > 1
         if getattr(kind, "forward", None) is not nn.Linear.forward or "weight" not in vars(
@@ -157,7 +160,7 @@ def largest(stack, k):
         threshold = stack.sort(1, descending=True).values.gather(1, k.clip(1)[:, None] - 1)
     mask = stack >= threshold
     surplus = mask.sum(1, dtype=k.dtype) - k  # more than one score may equal the threshold
-    if not on_cpu or surplus.any():  # to look would make the host wait for a GPU
+    if not on_cpu or surplus.any():  # on a GPU always: to look would make the host wait
         equal = stack == threshold
         allowed = equal.sum(1, dtype=k.dtype) - surplus
         mask &= ~equal | (equal.cumsum(1, dtype=k.dtype) <= allowed[:, None])
@@ -165,12 +168,13 @@ def largest(stack, k):
 
 def two_of_four(scores, n_keep):
     """The bool mask of the two largest of each four neighbours in a row, the first of equals first:
-    the pattern that NVIDIA's sparse cores take. Scores (out, in), in a multiple of 4. To keep
+    the pattern that NVIDIA's sparse cores take. Scores (out, in); 4 divides in. To keep
     n_keep, some fours stay whole: those that would lose most."""
     fours, kept = scores.detach().unflatten(-1, (-1, 4)), []
     for i, one in enumerate(four := fours.unbind(-1)):
         less = [other < one if j < i else other <= one for j, other in enumerate(four) if j != i]
-        kept.append(sum(smaller.view(torch.uint8) for smaller in less) > 1)  # never a nan
+        # Kept is what at least two of the other three are less than: never a nan.
+        kept.append(sum(smaller.view(torch.uint8) for smaller in less) > 1)
     kept = torch.stack(kept, -1)
     if n_whole := int(n_keep - scores.numel() // 2) // 2:
         lost = fours.masked_fill(kept, 0).sum(-1)
@@ -214,8 +218,8 @@ def keep_counts(scores, sparsity, rule="smp-s", tau=0.1):
 
 def smp_s_shares(scores, keep):
     """{name: scores} -> how many weights each gets (m,), not yet integers. Each type (layers.3.Q
-    is a Q) has L matrices; of L equal ones, matrix l wants the fraction k_l = keep * L * R(S_l) /
-    sum of R (Eq. 4)."""
+    is a Q) has L matrices; of equal ones, matrix l = 1 to L wants the fraction
+    k_l = keep * L * R(S_l) / sum of R (Eq. 4)."""
     types, shares = {}, {}
     for name, s in scores.items():
         types.setdefault(name.rpartition(".")[2], {})[name] = s
@@ -268,7 +272,7 @@ def choose_masks(layers, sparsity, rule="smp-s", tau=0.1):
         for name, s in scores.items():
             layers[name].mask = two_of_four(s, counts[name])
         return
-    for name, s in scores.items():  # a GPU takes a shape at once; one matrix fits a CPU's cache
+    for name, s in scores.items():  # a GPU takes all of one shape at once, a CPU one by one
         groups.setdefault(name if s.is_cpu else s.shape, []).append(name)
 
     def choose(names):
@@ -357,7 +361,7 @@ def folded(layers, masks, product=None):
 def lock(layers):
     """Prune Once For All (arXiv 2111.05754): the mask of a model that is sparse already is W != 0,
     taken once. Its weights may train then: a zero gets the gradient dL/dW' * 0 = 0, so Adam moves
-    it by 0, and weight decay multiplies it. It stays a zero, for every task."""
+    it by 0, and weight decay scales a 0. It stays a zero, for every task."""
     for layer in layers.values():
         layer.mask = layer.dense_weight.detach() != 0
 

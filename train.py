@@ -56,10 +56,10 @@ def train_step(run, batch):
     """One step of the method. Returns the loss before it, a scalar tensor."""
     s = run.s
     run.choose_masks()  # by the rule of the method, at this step's sparsity
-    batch, share = part_of(batch)  # in one process all of it, and 1
+    batch, share = part_of(batch)  # in one process itself, and 1
     batch = run.on_device(batch)
     run.model.train()
-    torch.manual_seed(data.seed_of(s.seed, run.step, RANK + 1))  # so a resumed run drops the same
+    torch.manual_seed(data.seed_of(s.seed, run.step, RANK + 1))  # so dropout repeats after a resume
 
     logits = run.logits(batch)  # each layer uses W' = W * M
     taught = run.teacher(batch)
@@ -97,8 +97,8 @@ def train(run):
 
 def learning_rate(step, steps, peak, warmup_steps, hold_steps=0):
     """The peak, times a rise over warmup_steps, times a linear fall from hold_steps on, to 0 at the
-    end. The hold is the learning-rate rewinding of Prune Once For All, which sets the rate back
-    again and again while the sparsity grows."""
+    end. The hold stands for the learning-rate rewinding of Prune Once For All, which sets the rate
+    back again and again while the sparsity grows."""
     rise = min((step + 1) / (warmup_steps + 1), 1)
     return peak * rise * (1 - max(step - hold_steps, 0) / max(steps - hold_steps, 1))
 
@@ -151,7 +151,7 @@ class TaskModel:
         with torch.autocast(device_type, torch.bfloat16, enabled=bf16):
             hidden = self.model(*[batch[name] for name in names])
             hidden = hidden.flatten(0, 1)[batch["places"]]
-        # bf16 rounds the logits of two words too coarsely; those of a vocabulary are too many.
+        # bf16 rounds logits too coarsely; but float32 takes too long for those of a vocabulary.
         with torch.autocast(device_type, torch.bfloat16, enabled=bf16 and self.task.mlm):
             head = self.model.classifier or self.model.mlm_logits
             return head(hidden.float(), self.asks.words).float()
@@ -237,7 +237,7 @@ class Words:
                                everywhere=bool(s.teacher))
 
     def evaluate(self, dev_sets):
-        """Of always the same 15 % of the words. "score" is 1 / perplexity."""
+        """Metrics of always the same 15 % of the words. "score" is 1 / perplexity."""
         generator = torch.Generator().manual_seed(0)
         batches = (data.hide_words(batch, self.tokenizer, generator)
                    for batch in data.batches(dev_sets["dev"], 32))
@@ -296,7 +296,7 @@ class Run(TaskModel):
         s, model = self.s, self.model
         model.set_dropout(s.dropout or 0.0)
         masked = s.scores_from or s.int8  # a dense model in 8 bits has masks of ones
-        init = s.init or (s.scores_from if s.rule else "zero")
+        init = s.init or (s.scores_from if s.rule else "zero")  # random, magnitude are starts too
         self.layers = smp.prune(model, prunable(model), init) if masked else {}
         for layer in self.layers.values():
             layer.int8 = s.int8
@@ -564,6 +564,8 @@ def save_checkpoint(run):
     for i, p in enumerate(run.learned):
         tensors[f"{i}.value"] = p
         tensors |= {f"{i}.{key}": moment for key, moment in run.optimizer.state[p].items()}
+    finite = all(tensor.isfinite().all() for tensor in tensors.values())
+    expect(finite, DIVERGED, FloatingPointError)
     state = {"step": run.step, "lam": run.lam, "log": run.log, "origin": run.origin}
     data.save_packed(run.out / "checkpoint.safetensors", "checkpoint", tensors, state, pack=False)
 
@@ -1147,7 +1149,7 @@ def add_up(tensors):
 
 def part_of(batch):
     """This process's part of a batch, and its share of what the batch asks: a mean over the batch
-    is the sum over the parts of share * mean."""
+    is the sum over the parts of share * mean (but not of a teacher's in mlm)."""
     size, length = batch["input_ids"].shape
     first, end = size * RANK // PROCESSES, size * (RANK + 1) // PROCESSES
     part = {key: x if x is None else x[first:end] for key, x in batch.items()}
