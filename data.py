@@ -789,12 +789,10 @@ def interruptible(patient=False):
             raise KeyboardInterrupt
         noted.append(True)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with contextlib.ExitStack() as afterwards:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            afterwards.callback(signal.signal, number, signal.signal(number, note))
         yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 # ---- The terminal and the machine -------------------------------------------------------------
 

@@ -347,15 +347,12 @@ def balanced_lambda(scores, pull=1.0):
 def folded(layers, masks, product=None):
     """Inside, the layers use the given {name: mask}, multiplied into their weights only once: one
     frozen model serves any number of tasks. product(W') returns what to use instead of F.linear."""
-    before = {layer: layer.fixed for layer in layers.values()}
-    try:
+    with contextlib.ExitStack() as afterwards:
         for name, layer in layers.items():
             W = layer.masked_weight(masks[name].to(layer.mask.device)).detach()
+            afterwards.callback(setattr, layer, "fixed", layer.fixed)
             layer.fixed = W, product(W) if product else F.linear
         yield
-    finally:
-        for layer, fixed in before.items():
-            layer.fixed = fixed
 
 # ---- Prune Once For All and 8 bits, made of the same parts. One may stop here ---------------
 def lock(layers):
