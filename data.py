@@ -54,7 +54,7 @@ class Task:
     dev: tuple = ("dev",)           # names of the dev files
     test: tuple = ("test",)
     columns: tuple = ()             # of train and dev where they have no header
-    archive: str = ""               # its zip below GLUE_URL/glue/data/
+    archive: str = ""               # GLUE's zip of it, where that is not named as the folder
     skip_short_lines: bool = False  # QQP's train file has a few
     home: str = "glue"              # the default of --data
 
@@ -69,26 +69,24 @@ class Task:
 YES_NO = {"labels": ("entailment", "not_entailment"), "words": ("Yes", "No")}
 TASKS = {
     "cola": Task("CoLA", ("sentence",), "label", ("0", "1"), ("incorrect", "correct"),
-                 ("matthews",), archive="CoLA",
-                 columns=("source", "label", "star", "sentence")),  # its test file has a header
+                 ("matthews",), columns=("source", "label", "star", "sentence")),  # not of test
     "sst2": Task("SST-2", ("sentence",), "label", ("0", "1"), ("terrible", "great"),
-                 ("accuracy",), archive="SST-2"),
+                 ("accuracy",)),
     "mrpc": Task("MRPC", ("#1 String", "#2 String"), "Quality", ("0", "1"), ("No", "Yes"),
-                 ("accuracy", "f1"), archive="-"),  # see _fetch_mrpc
+                 ("accuracy", "f1")),  # see _fetch_mrpc
     "stsb": Task("STS-B", ("sentence1", "sentence2"), "score", (), ("Yes",),
-                 ("pearson", "spearman"), archive="STS-B"),
+                 ("pearson", "spearman")),
     "qqp": Task("QQP", ("question1", "question2"), "is_duplicate", ("0", "1"), ("No", "Yes"),
                 ("accuracy", "f1"), archive="QQP-clean", skip_short_lines=True),
     "mnli": Task("MNLI", ("sentence1", "sentence2"), "gold_label",
                  ("entailment", "neutral", "contradiction"), ("Yes", "Maybe", "No"),
-                 ("accuracy",), archive="MNLI", dev=("dev_matched", "dev_mismatched"),
+                 ("accuracy",), dev=("dev_matched", "dev_mismatched"),
                  test=("test_matched", "test_mismatched")),
     "qnli": Task("QNLI", ("question", "sentence"), "label", metrics=("accuracy",),
                  archive="QNLIv2", **YES_NO),
-    "rte": Task("RTE", ("sentence1", "sentence2"), "label", metrics=("accuracy",),
-                archive="RTE", **YES_NO),
+    "rte": Task("RTE", ("sentence1", "sentence2"), "label", metrics=("accuracy",), **YES_NO),
     "wnli": Task("WNLI", ("sentence1", "sentence2"), "label", ("0", "1"), ("No", "Yes"),
-                 ("accuracy",), archive="WNLI"),
+                 ("accuracy",)),
     "demo": Task("DEMO", ("sentence",), "label", ("0", "1"), ("terrible", "great"),
                  ("accuracy",), home="demo"),
     "mlm": Task("", (), "", (), (), ("accuracy", "perplexity"), test=()),  # computed by train.py
@@ -622,7 +620,7 @@ def ensure(task, data_dir):
     """Makes sure that data_dir/<task.folder> is there, fetching it if not. Raises OSError or
     ValueError; what does not arrive whole is not left behind."""
     folder = Path(data_dir) / task.folder
-    if folder.is_dir() or not task.archive:
+    if folder.is_dir() or task.home != "glue":
         return
     print(f"{folder} is not there: fetching it from the official place")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -650,7 +648,7 @@ def _download(path, scratch):
 
 def _fetch_archive(task, scratch):
     """Takes the files of a task, and no others, out of its zip."""
-    archive = _download(f"glue/data/{task.archive}.zip", scratch)
+    archive = _download(f"glue/data/{task.archive or task.folder}.zip", scratch)
     with reading(archive.name, "GLUE's archive of the task; try again"):
         with zipfile.ZipFile(archive) as z:
             for split in ("train", *task.dev, *task.test):
