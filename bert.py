@@ -275,8 +275,6 @@ def _check_file(path):
         if file.read(20) == b"version https://git-":
             raise ValueError(f"{path}: a pointer of Git LFS; `git lfs pull` gets the file")
 
-LARGEST_SIZE = 10_000_000  # of any dimension; larger than any BERT's vocabulary
-
 def read_config(path):
     """config.json -> Config. Raises FileNotFoundError, and ValueError naming the key that is
     missing or asks for a BERT that is not this one."""
@@ -305,7 +303,7 @@ def _config_value(path, raw, key, field):
     # Old configs leave out what was then a constant; a size that is missing is an error.
     optional = field.type is float or field.name == "type_vocab_size"
     value = raw.get(key, field.default if optional else None)
-    low, high = (1, LARGEST_SIZE) if field.type is int else (0, 0.999)
+    low, high = (1, 10_000_000) if field.type is int else (0, 0.999)  # no vocabulary is so large
     if type(value) not in (int, field.type) or not low <= value <= high:
         raise ValueError(f"{path}: {key} is {value!r}; expected {field.type.__name__}, "
                          f"{low} to {high:,}")
