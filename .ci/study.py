@@ -30,11 +30,9 @@ ASKED = [("smp-s", 50, "finetune"), ("smp-s", 90, "finetune"), ("smp-s", 90, "mo
          ("movement", 90, "magnitude"), ("movement", 90, "lock"), ("smp-s", 90, "smp-l"),
          ("smp-s", 97, "movement")]  # the differences in short
 ASKED_OF_TEACHERS = [
-    (f"smp-s{TAUGHT}", 50, "smp-s"), (f"smp-s{TAUGHT}", 90, "smp-s"),
-    (f"finetune{TAUGHT}", 0, "finetune"),
-    (f"smp-s{TAUGHT}", 50, "finetune"), (f"smp-s{TAUGHT}", 90, "finetune"),
-    (f"smp-s{TAUGHT}", 50, f"finetune{TAUGHT}"), (f"smp-s{TAUGHT}", 90, f"finetune{TAUGHT}"),
-    ("2:4", 50, "smp-s"), ("2:4", 50, "finetune")]
+    *((f"smp-s{TAUGHT}", removed, other) for other in ("smp-s", "finetune", f"finetune{TAUGHT}")
+      for removed in (50, 70, 90, 97)),
+    (f"finetune{TAUGHT}", 0, "finetune"), ("2:4", 50, "smp-s"), ("2:4", 50, "finetune")]
 PURPLE, BLUE, GREY = "#7a3fb0", "#2f7fb8", "#333333"
 ALL = 67_349  # sentences of SST-2
 USUAL = {"lr": 2e-2, "pull": 1.0, "lam": None, "ramp": 0.5, "holdout": None}
