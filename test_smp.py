@@ -1400,22 +1400,6 @@ def test_several_seeds_give_mean_and_spread(trained, capsys):
     assert all(torch.equal(b[name], c[name]) for name in b)
     assert any(not torch.equal(a[name], b[name]) for name in a)
 
-def test_the_saved_mask_is_the_one_that_was_measured(trained):
-    """Multiplied into the untouched weights it gives the reported metrics again."""
-    final = trained()
-    masks, header = data.load_packed("run/mask.safetensors", "mask")
-    model = bert.load_pretrained("model")
-    for name, mask in masks.items():
-        model.get_submodule(name).weight.data *= mask
-    tokenizer, task = data.load_tokenizer("model"), data.TASKS["sst2"]
-    dev = data.encode(tokenizer, *data.read_split(task, "glue", "dev"), 16)
-    batch = next(data.batches(dev, 1000))
-    hidden = model(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
-    logits = model.label_logits(hidden, data.label_ids(tokenizer, task.words)).detach().numpy()
-    found = data.evaluate_metrics(task, logits, batch["labels"].numpy())["accuracy"]
-    assert found == final["metrics"]["accuracy"]
-    assert header["metrics"] == final["metrics"] == final["best"]["metrics"]
-
 def test_a_frozen_weight_that_moves_ends_the_run(world, fails, monkeypatch):
     """Also one that trains by mistake, so that its requires_grad says nothing."""
     def leak(_, run, batch):
