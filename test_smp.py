@@ -1748,19 +1748,6 @@ def test_bad_tsvs_end_in_one_line(world, fails, content, message):
 
 # ---- Masks at work
 
-def test_a_mask_is_evaluated_to_the_last_digit_and_exported(trained):
-    final = trained()
-    assert evaluate("--export pruned") == final["metrics"]
-    again = run("--model pruned --method smp-l --sparsity 0 --epochs 1", out="again")
-    assert again["metrics"] == final["metrics"]  # the zeros are in the weights now
-    theirs, info = oracle("transformers").BertForMaskedLM.from_pretrained(
-        "pruned", output_loading_info=True)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    ours, ids = bert.load_pretrained("pruned"), torch.randint(5, len(WORDS), (3, 9))
-    with torch.no_grad():
-        expected = theirs.eval()(ids).logits[:, 0]
-        torch.testing.assert_close(ours.label_logits(ours(ids), slice(None)), expected)
-
 def test_what_an_earlier_run_left_beside_a_mask_is_not_its_model(trained):
     trained("--method movement --epochs 1")
     final = run("--epochs 1 --overwrite")  # its base is named "model" as well
