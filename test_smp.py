@@ -1802,18 +1802,6 @@ def test_predictions_are_what_glue_takes(trained):
     with zipfile.ZipFile("predictions/submission.zip") as z:
         assert z.namelist() == ["SST-2.tsv", "MNLI-m.tsv", "MNLI-mm.tsv"]
 
-def test_switching_tasks_is_switching_masks():
-    """Two tasks on one frozen model, in memory, each as if it were alone."""
-    model = tiny_bert()
-    layers, ids = smp.prune(model, train.prunable(model)), torch.randint(5, 30, (2, 7))
-    tasks = [{name: torch.rand_like(layer.weight) < 0.5 for name, layer in layers.items()}
-             for _ in range(2)]
-    seen = []
-    for masks in (*tasks, tasks[0]):
-        with smp.folded(layers, masks), torch.no_grad():
-            seen.append(model(ids))
-    assert torch.equal(seen[0], seen[2]) and not torch.equal(seen[0], seen[1])
-
 # ---- The programs in the README
 
 def readme(word):
