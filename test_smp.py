@@ -1470,13 +1470,6 @@ def test_every_default_is_decided_in_one_place(flags, n, positions, expected):
     s = vars(train.settings_of(flags, positions, n))
     assert {name: s[name] for name in expected} == expected and flags == before
 
-def test_the_longest_input_is_what_the_model_has_positions_for(world):
-    """128 is the default, but this model has 40 positions."""
-    s = settings_in()
-    assert train.Run(s).s.max_length == 16
-    del s.given["max_length"]
-    assert train.Run(train.settings_of(s.given)).s.max_length == 40
-
 def test_best_only_counts_at_the_target_sparsity(trained):
     final = trained("--ramp 1")
     assert final["best"] == final["last"] and final["kept"] == final["total"] // 2
@@ -2883,7 +2876,7 @@ def test_a_run_is_resumed_by_its_own_flags_alone(trained, fails, capsys):
     flags = flags_of("--epochs 1").replace("--max-length 16 ", "")
     cli(flags)
     cli(f"{flags} --resume")
-    assert "nothing to resume" in capsys.readouterr().out
+    assert "nothing to resume" in capsys.readouterr().out and log_of()[0]["max_length"] == 40
     lines = Path("run/metrics.jsonl").read_text().splitlines()
     write("run/metrics.jsonl", "\n".join([*lines[:-1], '{"event": "final", "best": 3}']) + "\n")
     assert "its final record is damaged" in fails(f"{flags} --resume", call=cli)
