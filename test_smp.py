@@ -1424,8 +1424,10 @@ def test_nan_is_found_within_twenty_steps_and_never_saved(world, fails, monkeypa
     assert 23 <= step <= 40 and "try a smaller learning rate" in message
     assert not Path("run/mask.safetensors").exists()
 
-def test_a_diverged_run_says_so(world, fails):
-    assert "diverged" in fails("--method finetune --weight-lr 1e6 --epochs 9")
+@pytest.mark.parametrize("flags", ["--epochs 9", "--limit 8 --epochs 1"])
+def test_a_diverged_run_says_so_and_saves_nothing(world, fails, flags):
+    assert "diverged" in fails(f"--method finetune --weight-lr 1e6 {flags}")
+    assert not Path("run/model").exists()
 
 def test_a_run_is_not_overwritten_unasked(trained, fails):
     trained("--epochs 1")
@@ -2424,10 +2426,6 @@ def test_several_seeds_are_checked_before_the_first_runs(world, fails):
     run("--epochs 1 --seed 1", out="run-s1")
     assert "run-s1: holds metrics.jsonl already" in fails("--seed 0 1")
     assert not Path("run-s0").exists()
-
-def test_a_model_that_diverged_is_not_saved(world, fails):
-    assert "diverged" in fails("--method finetune --weight-lr 1e6 --batch-size 32")
-    assert not Path("run/model").exists()
 
 def test_a_model_folder_holds_one_vocabulary(world, fails):
     write("saved/tokenizer.json", "of another model")
