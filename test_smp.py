@@ -1429,13 +1429,6 @@ def test_a_diverged_run_says_so_and_saves_nothing(world, fails, flags):
     assert "diverged" in fails(f"--method finetune --weight-lr 1e6 {flags}")
     assert not Path("run/model").exists()
 
-def test_a_run_is_not_overwritten_unasked(trained, fails):
-    trained("--epochs 1")
-    before = Path("run/metrics.jsonl").read_bytes()
-    assert "--overwrite" in fails("--epochs 1")
-    assert Path("run/metrics.jsonl").read_bytes() == before
-    run("--epochs 1 --overwrite")
-
 # ---- Schedules and defaults
 
 def test_the_learning_rate_rises_and_falls():
@@ -2419,7 +2412,8 @@ def test_a_run_that_ends_while_another_starts_is_not_lost(world, fails, monkeypa
         return real(s)
 
     monkeypatch.setattr(train, "run_once", late)
-    assert "holds metrics.jsonl already" in fails("--epochs 1")
+    message = "holds metrics.jsonl already; give --resume to go on with it, --overwrite, or another"
+    assert message in fails("--epochs 1")
     assert left_in() == found[0] and log_of()[-1]["event"] == "final"
 
 def test_several_seeds_are_checked_before_the_first_runs(world, fails):
