@@ -1856,7 +1856,8 @@ def test_a_run_without_a_checkpoint_starts_over_only_with_its_own_settings(train
     assert "starting over" in capsys.readouterr().out and log.read_text().splitlines() == lines
 
 @pytest.mark.parametrize("flags", ["", "--method random"])
-def test_a_complete_run_is_not_made_twice_whatever_its_log_has_suffered(trained, capsys, flags):
+def test_a_complete_run_is_not_made_twice_whatever_its_log_has_suffered(
+        trained, fails, capsys, flags):
     final = trained(flags)
     log, checkpoint = Path("run/metrics.jsonl"), Path("run/checkpoint.safetensors")
     lines = log.read_text().splitlines()
@@ -1864,6 +1865,9 @@ def test_a_complete_run_is_not_made_twice_whatever_its_log_has_suffered(trained,
     write(checkpoint, "of a run that was killed right after its final record")
     assert run(f"{flags} --resume") == final
     assert "nothing to resume" in capsys.readouterr().out and not checkpoint.exists()
+    assert "max_length 16, this run has 9" in fails(f"{flags} --resume --max-length 9")
+    Path("run/mask.safetensors").unlink()  # then it is made again
+    assert run(f"{flags} --resume") == final and Path("run/mask.safetensors").exists()
 
 def test_each_file_is_on_disk_before_its_name_is_there(world, monkeypatch):
     """It is as readable as any other, and written through no link."""
@@ -2391,15 +2395,6 @@ def test_two_runs_at_once_are_refused(world, fails):
     with data.only_run_in(Path("run")):
         assert "another run is at work" in fails()
     run("--epochs 1")
-
-def test_a_complete_run_is_not_resumed(trained, capsys, fails):
-    final = trained("--epochs 1")
-    assert run("--epochs 1 --resume") == final
-    assert "nothing to resume" in capsys.readouterr().out
-    Path("run/mask.safetensors").unlink()  # then it is made again
-    again = run("--epochs 1 --resume")
-    assert again == final and Path("run/mask.safetensors").exists()
-    assert "written with lr 0.02, this run has 0.1" in fails("--epochs 1 --resume --lr 0.1")
 
 def test_a_run_that_ends_while_another_starts_is_not_lost(world, fails, monkeypatch):
     """The second looks before the first has left anything, and gets to work after it."""
