@@ -1608,26 +1608,16 @@ def test_a_bad_csv_is_named_with_its_line(world, fails):
 
 # ---- DistilBERT; a teacher of another kind
 
-def test_distilbert_is_pruned_evaluated_exported_and_resumed(world, fails, monkeypatch):
+def test_distilbert_is_pruned_evaluated_and_exported(world):
+    """On pairs, which work without segments."""
     model = tiny_bert(type_vocab_size=0, vocab_size=len(WORDS))
     train.save_model("distil", model, "model")
-    rows = [f"{i % 2}\t0\t1\ta {'good' if i % 2 else 'bad'} film\tb" for i in range(60)]
+    rows = [f"{i}\ta {'bad' if i % 2 else 'good'} film\tb\t{i % 2}" for i in range(60)]
     for split in ("train", "dev"):
-        write_tsv(f"MRPC/{split}", "Quality #1_ID #2_ID #1_String #2_String", rows)
-        path = Path(f"glue/MRPC/{split}.tsv")
-        path.write_text(path.read_text().replace("_", " "))
-    where = dict(task="mrpc")  # pairs work without segments
-    final = run("--model distil --epochs 2", **where)
+        write_tsv(f"WNLI/{split}", "index sentence1 sentence2 label", rows)
+    final = run("--model distil --epochs 2", task="wnli")
     assert evaluate("--export pruned") == final["metrics"]
     assert bert.load_pretrained("pruned").config == model.config
-    steps = iter([None] * 10)
-    monkeypatch.setattr(train.smp, "objective", lambda *a, f=smp.objective: (next(steps), f(*a))[1])
-    with pytest.raises(StopIteration):
-        run("--model distil --epochs 2 --checkpoint-every 0", out="again", **where)
-    monkeypatch.undo()
-    monkeypatch.chdir(world)
-    again = run("--model distil --epochs 2 --checkpoint-every 0 --resume", out="again", **where)
-    assert again["metrics"] == final["metrics"]
 
 def write_classifier(folder, id2label, order=(0, 1), words=WORDS):
     """An ordinary classifier in the world's task, whose classes and words have another order."""
