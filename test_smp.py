@@ -1240,7 +1240,6 @@ DOWNLOADS = {
     "none": (None, "404.*without a network, put"),
     "another": (b"no zip", "not GLUE's archive"), "damaged": (bytes(DAMAGED), "not GLUE's archive"),
     "evil": (zipped(["../x.tsv"]), "no RTE/train"), "incomplete": (zipped(RTE[:1]), "no RTE/dev"),
-    "another task": (zipped(["MNLI/train.tsv"]), "no RTE/train.tsv in it"),
     "inflates": (zipped(RTE, "x" * 3000, zipfile.ZIP_LZMA), "RTE.zip: not GLUE's archive"),
     "of no length": (({"Content-Length": "many"}, b""), "RTE.zip: cannot be fetched"),
     "endless": (({}, b"x" * 9000), "RTE.zip: cannot be fetched .larger than anything"),
@@ -1306,7 +1305,6 @@ BOMB = {"Q:places": torch.tensor(list(zlib.compress(bytes(30_000_000), 9)), dtyp
 Q, SIZES, KIND = {"Q": [8, 8]}, "are no sizes", "expected 'smp-3-mask'"
 FORGED = {  # {what is wrong: (tensors, shapes and format, or what becomes of the bytes; message)}
     "a bomb": ((BOMB, Q), "does not fit 64 weights"), "nothing": (({}, Q), "not a mask file"),
-    "a larger bomb": ((BOMB, {"Q": [2**8, 2**8]}), "does not fit 65,536 weights"),
     "another name": ((gaps(1, 0), {"K": [2]}), "K:places"),
     "too much in one": ((BOMB, {"Q": [2**14, 2**14]}), "weights in all"),
     "too much in all": (({}, {str(i): [8_000_000] for i in range(41)}), "weights in all"),
@@ -1320,7 +1318,6 @@ FORGED = {  # {what is wrong: (tensors, shapes and format, or what becomes of th
     "an old format": (({}, {}, "smp-mask-2"), KIND), "a model": (({}, {}, "smp-3-model"), KIND),
     "cut": (lambda b: b[:-7], "not a mask file"), "zeros": (lambda b: bytes(len(b)), "not a mask"),
     "empty": (lambda b: b"", "not a mask file"), "longer": (lambda b: b + b"\0", "not a mask file"),
-    "no safetensors": (lambda b: b"a mask", "not a mask file"),
 }
 
 @pytest.mark.parametrize("damage", FORGED)
@@ -1704,10 +1701,9 @@ def test_wrong_flags_end_in_one_line(world, fails, monkeypatch, flags, words):
 @pytest.mark.parametrize("content, message", [
     (b"sentence\tlabel\na good film\n", "train.tsv, line 2: 1 columns, expected 2"),
     (b"sentence\tlabel\na\t1\nb\t1\t2\n", "train.tsv, line 3: 3 columns, expected 2"),
-    (b"sentence\tlabel\na good film\t7\n", "train.tsv, line 2: label '7' is unknown"),
+    (b"sentence\tlabel\na good film\t 1 \n", "train.tsv, line 2: label ' 1 ' is unknown"),
     (b"sentence\tlabel\n", "train.tsv: no examples"),
     (b"", "train.tsv, line 1: no column 'sentence'"),
-    (b"text\tlabel\na\t1\n", "train.tsv, line 1: no column 'sentence'"),
     (b"sentence\tlabel\n\xff\t1\n", "train.tsv, line 2: not UTF-8"),
     (b"sentence\tlabel\na\t1\nb\t1\n", "train.tsv: every label is the same"),
     (b"sentence\tlabel\na\0\t1\n", "train.tsv, line 2: a NUL byte"),
@@ -1999,7 +1995,6 @@ def test_folders_links_and_lack_of_memory_end_in_one_line(world, fails, monkeypa
     assert "glue: a folder; expected a mask file" in fails(call=evaluate, mask="glue")
     Path("loop").symlink_to("loop")
     fails(out="loop")
-    assert "/nowhere: neither" in fails("--teacher /nowhere")
     monkeypatch.setattr(train, "Run", greedy)
     assert "can't allocate memory: you tried" in fails()
 
@@ -2204,10 +2199,8 @@ def test_an_interrupted_language_model_ends_bit_for_bit(trained, fails, monkeypa
 
 @pytest.mark.parametrize("content, message", [
     (b"", "0 lines of text"), (b"\n \n" * 30, "0 lines of text"), (b"good film\n" * 19, "19 lines"),
-    (b"good film\n" * 30 + b"\xff\n", "line 31: not UTF-8"),
     (b"good film\n" * 30 + b"a\0b\n", "line 31: a NUL byte"),
     (b"unheard of\n" * 30, "no word is in the model's vocabulary"),
-    (b"good film\n" * 30 + b"good " * 30_000, "line 31: a NUL byte, or over 100,000"),
     (None, "corpus.txt: no such file"),
 ])
 def test_a_bad_corpus_ends_in_one_line(world, fails, content, message):
@@ -2826,10 +2819,6 @@ def test_what_may_surprise_is_noted(world, capsys):
     write("glue/SST-2/dev.tsv", 'sentence\tlabel\n"a film"\t1\n"b ""film"""\t0\n')
     run("--epochs 1", out="other")
     assert "dev.tsv: all texts are in quotes, as a spreadsheet" in capsys.readouterr().out
-
-def test_an_unknown_label_is_shown_with_its_spaces(world, fails):
-    write("glue/SST-2/train.tsv", "sentence\tlabel\na\t 1 \n")
-    assert "line 2: label ' 1 ' is unknown" in fails()
 
 def test_a_run_is_resumed_by_its_own_flags_alone(trained, fails, capsys):
     """Its model has 40 positions, and no --max-length was given."""
