@@ -2069,24 +2069,13 @@ def test_a_run_its_mask_and_both_exports_are_one_model(trained, task, method, bi
     assert Path("small/sparse.safetensors").stat().st_size < most
     assert sorted(os.listdir("small")) == ["config.json", "sparse.safetensors", "vocab.txt"]
 
-def test_zeros_are_skipped_at_work_and_change_no_answer(trained, monkeypatch):
-    trained("--sparsity 0.9")
-    lines, products = Path("glue/SST-2/dev.tsv").read_text().splitlines()[1:], set()
-    write("glue/SST-2/test.tsv", "\n".join(["index\tsentence", *(f"0\t{x[:-2]}" for x in lines)]))
-
-    def addmm(start, W, x, real=torch.addmm):
-        products.add(W.layout)
-        return real(start, W, x)
-
-    monkeypatch.setattr(torch, "addmm", addmm)
-    for flags, layouts in (("", set()), ("--sparse", {torch.sparse_csr})):
-        cli(f"--predict run/mask.safetensors --device cpu --out out{flags} {flags}")
-        assert products == layouts or not torch.backends.mkl.is_available()
-    assert Path("out/SST-2.tsv").read_text() == Path("out--sparse/SST-2.tsv").read_text()
-
-def test_sparse_products_are_in_float32(trained):
-    trained("--precision bf16")
-    assert at_work().s.precision == "bf16" and at_work("--sparse").s.precision == "fp32"
+def test_zeros_are_skipped_at_work_in_float32(trained, monkeypatch):
+    products = set()
+    trained("--precision bf16 --sparsity 0.9")
+    spy(monkeypatch, torch, "addmm", lambda _, start, W, x: products.add((W.layout, x.dtype)))
+    for flags, expected in (("", set()), ("--sparse", {(torch.sparse_csr, torch.float32)})):
+        evaluate(flags)
+        assert products == expected or not torch.backends.mkl.is_available()
 
 # ---- Prune Once For All
 
