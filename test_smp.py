@@ -1928,21 +1928,11 @@ def test_a_damaged_small_model_is_named(trained):
 
     trained()
     evaluate("--sparse --export small")
-    path, rng = Path("small/sparse.safetensors"), np.random.default_rng(0)
-    good, sizes = path.read_bytes(), Path("small/config.json").read_text()
-    damaged = [b"", rng.bytes(len(good)), *(good[:-n] for n in (1, 9, 999)), *(
-        good.replace(*change) for change in ((b"label_words", b"label_wards"),
-                                             (b'int8\\": false', b'int8\\": true ')))]
-    for place in [*range(8), *rng.integers(len(good), size=50)]:  # the first 8 are a length
-        damaged.append(bytearray(good))
-        damaged[-1][place] ^= 1 << int(rng.integers(8))
-    for content in damaged:
-        assert content != good
-        path.write_bytes(content)
-        refused(ValueError, "")
-    path.write_bytes(good)
+    path, sizes = Path("small/sparse.safetensors"), Path("small/config.json").read_text()
     write("small/config.json", sizes.replace('hidden_layers": 2', 'hidden_layers": 3'))
     refused(ValueError, ": holds 2 layers")
+    path.write_bytes(path.read_bytes().replace(b'int8\\": false', b'int8\\": true '))
+    refused(ValueError, ": not a model file .*checksum")
     path.unlink()
     refused(FileNotFoundError, ": no such file")
 
