@@ -186,16 +186,24 @@ def world(places, tmp_path, monkeypatch):
     return tmp_path
 
 @pytest.fixture
-def trained(places, world, tmp_path_factory):
+def once(places, world, tmp_path_factory):
+    """once(name, make) is make(), but each name is made only once a session."""
+    def bring(name, make):
+        if name not in places:
+            places[name] = tmp_path_factory.mktemp("once")
+            shutil.copytree(places[""], places[name], dirs_exist_ok=True)
+            with contextlib.chdir(places[name]):
+                make()
+        shutil.copytree(places[name], world, dirs_exist_ok=True)
+
+    return bring
+
+@pytest.fixture
+def trained(once):
     """trained(flags) is run(flags), but each command line is run only once a session."""
     def bring(flags="", **where):
         words = flags_of(flags, **where)
-        if words not in places:
-            places[words] = tmp_path_factory.mktemp("trained")
-            shutil.copytree(places[""], places[words], dirs_exist_ok=True)
-            with contextlib.chdir(places[words]):
-                cli(words)
-        shutil.copytree(places[words], world, dirs_exist_ok=True)
+        once(words, lambda: cli(words))
         return log_of(where.get("out", "run"))[-1]
 
     return bring
@@ -2136,35 +2144,6 @@ def test_a_teacher_of_other_words_or_without_the_same_head_is_refused(world, fai
         message = learn_language(f"{SPARSE} --teacher {flags}", fails, out="b")
         assert f"its vocabulary, or its MLM head, is not as in {base}" in message
 
-@pytest.mark.parametrize("flags", [SPARSE, f"{SPARSE} --teacher model", "--method smp-s"])
-def test_an_interrupted_language_model_ends_bit_for_bit(trained, fails, monkeypatch, capsys, flags):
-    """It resumes on its own data alone, and notes another machine."""
-    def left_behind(folder):
-        masks, header = data.load_packed(f"{folder}/mask.safetensors", "mask")
-        return (log_of(folder)[1:], header, {name: mask.tolist() for name, mask in masks.items()},
-                [path.read_bytes() for path in Path(folder).glob("model/model.safetensors")])
-
-    def stopping(run, batch, real=train.train_step):
-        if run.step == 33:  # in the second epoch, three steps after the last checkpoint
-            raise KeyboardInterrupt
-        run.next_checkpoint = 0.0 if run.step == 29 else math.inf
-        return real(run, batch)
-
-    flags += " --dropout 0.1"
-    learn_language(flags, trained, out="whole")
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(train, "train_step", stopping)
-        learn_language(flags)
-    good = Path("corpus.txt").read_text()
-    write("corpus.txt", good.replace("bad film", "film bad", 1))
-    assert "other data" in learn_language(f"{flags} --resume", fails)
-    write("corpus.txt", good)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
-    learn_language(f"{flags} --resume")
-    output = capsys.readouterr().out
-    assert "after step 30 of 57" in output and "threads 64, before 1: last digits may" in output
-    assert left_behind("run") == left_behind("whole")
-
 @pytest.mark.parametrize("content, message", [
     (b"", "0 lines of text"), (b"\n \n" * 30, "0 lines of text"), (b"good film\n" * 19, "19 lines"),
     (b"good film\n" * 30 + b"a\0b\n", "line 31: a NUL byte"),
@@ -2293,25 +2272,36 @@ def test_only_a_patient_run_overhears_a_second_ctrl_c():
         signal.raise_signal(signal.SIGINT)
 
 @pytest.fixture
-def interrupted(places, world, tmp_path_factory):
-    """interrupted() makes a run that broke off in its third epoch of three, with a checkpoint of
-    its last step, and a mask."""
+def interrupted(once):
+    """interrupted(flags) makes a run that broke off in its third epoch of three, with a checkpoint
+    of its last step but four, and a mask."""
     def breaks_off(run, batch, step=train.train_step):
         if run.step == 45:
             raise KeyboardInterrupt
         return step(run, batch)
 
-    def bring():
-        if "interrupted" not in places:
-            places["interrupted"] = folder = tmp_path_factory.mktemp("interrupted")
-            shutil.copytree(places[""], folder, dirs_exist_ok=True)
-            with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
-                checkpoint_every(1, patch)
-                patch.setattr(train, "train_step", breaks_off)
-                pytest.raises(SystemExit, run)
-        shutil.copytree(places["interrupted"], world, dirs_exist_ok=True)
+    def make(flags):
+        with pytest.MonkeyPatch.context() as patch:
+            checkpoint_every(41, patch)
+            patch.setattr(train, "train_step", breaks_off)
+            pytest.raises(SystemExit, run, flags)
 
-    return bring
+    return lambda flags="": once(f"interrupted {flags}", lambda: make(flags))
+
+def test_an_interrupted_language_model_ends_bit_for_bit(
+        trained, interrupted, fails, monkeypatch, capsys):
+    """It resumes on its own data alone, and notes another machine."""
+    flags = f"--task mlm --corpus corpus.txt {SPARSE} --teacher model --dropout 0.1"
+    expected, good = whole(trained, flags), Path("corpus.txt").read_text()
+    interrupted(flags)
+    write("corpus.txt", good.replace("bad film", "film bad", 1))
+    assert "other data" in fails(f"{flags} --resume")
+    write("corpus.txt", good)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    run(f"{flags} --resume")
+    output = capsys.readouterr().out
+    assert "after step 41 of 57" in output and "threads 64, before 1: last digits may" in output
+    assert left_in() == expected
 
 @pytest.mark.parametrize("lost", ["metrics.jsonl", "checkpoint.safetensors", ""])
 def test_a_run_goes_on_with_the_flags_and_the_weights_it_began_with(interrupted, fails, lost):
