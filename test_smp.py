@@ -919,6 +919,16 @@ def test_configs_of_another_model_are_refused_by_name_and_at_once(change, tmp_pa
         bert.load_pretrained(tmp_path)
     assert time.monotonic() - started < 5
 
+def test_weights_that_are_elsewhere_are_explained(tmp_path):
+    bert.save_pretrained(tiny_bert(), tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match="a pointer of Git LFS"):
+        bert.load_pretrained(tmp_path)
+    file.rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match="makes it of pytorch_model.bin: BertForMaskedLM"):
+        bert.load_pretrained(tmp_path)
+
 # ---- 7. GLUE --------------------------------------------------------------------------------
 
 QQP = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n"
@@ -993,6 +1003,10 @@ def test_a_pair_keeps_a_token_of_each_text(tokenizer):
 def test_the_settings_of_a_tokenizer_are_followed(config, text, ids, tokenizer, tmp_path):
     write(tmp_path / "tokenizer_config.json", json.dumps(config))
     assert data.encode(data.load_tokenizer(tmp_path), [text], None, 16).ids == [ids]
+    write(tmp_path / "tokenizer.json", tokenizer.to_str())  # it has the usual settings
+    if config:
+        with pytest.raises(ValueError, match="tokenizer_config.json says False"):
+            data.load_tokenizer(tmp_path)
 
 def pairs(single, pair):
     special = [("[CLS]", 2), ("[SEP]", 3)]
@@ -1001,6 +1015,10 @@ def pairs(single, pair):
 @pytest.mark.parametrize("name, content, message", [
     ("vocab.txt", "\n".join(WORDS).replace("[UNK]", "[unk]"), "UNK"),
     ("tokenizer_config.json", '{"do_lower_case": "no"}', "do_lower_case is 'no'"),
+    ("tokenizer_config.json", '{"tokenizer_class": "RobertaTokenizer"}', "'RobertaTokenizer'"),
+    ("tokenizer_config.json", '{"cls_token": {"content": "<s>"}}', "cls_token is '<s>'"),
+    ("special_tokens_map.json", '{"mask_token": "<mask>"}', "mask_token is '<mask>'"),
+    ("added_tokens.json", '{"[NEW]": 21}', "NEW.' is not token 21"),
     ("tokenizer_config.json", "[" * 100_000, "not a JSON file"),
     ("tokenizer.json", pairs("$A", "$A $B"), "must become"),
     ("tokenizer.json", pairs("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:7 [SEP]:7"), "segments 0 and 1"),
@@ -2717,35 +2735,11 @@ def test_the_demo_replaces_no_file_of_yours(world, fails, name):
     assert f"{name}: not the demo's; give another folder" in message
     assert [path.read_text() for path in Path("mine").rglob("*") if path.is_file()] == ["precious"]
 
-@pytest.mark.parametrize("name, content, message", [
-    ("added_tokens.json", {"[NEW]": 21}, "'[NEW]' is not token 21"),
-    ("tokenizer_config.json", {"tokenizer_class": "RobertaTokenizer"}, "'RobertaTokenizer'"),
-    ("tokenizer_config.json", {"cls_token": {"content": "<s>"}}, "cls_token is '<s>'"),
-    ("special_tokens_map.json", {"mask_token": "<mask>"}, "mask_token is '<mask>'"),
-    ("tokenizer_config.json", {"do_lower_case": False}, "tokenizer_config.json says False"),
-    ("config.json", {"type_vocab_size": 1}, "type_vocab_size"),
-    ("config.json", [], "model_type"),
-    ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
-    ("model.safetensors", None, "transformers makes it of pytorch_model.bin: BertForMaskedLM"),
-])
-def test_what_a_model_folder_says_is_followed_or_refused(world, fails, name, content, message):
-    path = Path("model", name)
-    if "says" in message:
-        Path("model/tokenizer.json").write_text(data.load_tokenizer("model").to_str())
-    if content is None:
-        path.rename("model/pytorch_model.bin")
-    elif isinstance(content, bytes):
-        path.write_bytes(content)
-    elif name == "config.json" and content:
-        model = bert.load_pretrained("model")
-        model.config.type_vocab_size = 1
-        model.embeddings.token_type.weight.data = model.embeddings.token_type.weight.data[:1]
-        bert.save_pretrained(model, "model")
-        write("glue/STS-B/train.tsv", "sentence1\tsentence2\tscore\na\tb\t1\na\tb\t2\n")
-    else:
-        path.write_text(json.dumps(content))
-    found = fails(task="stsb" if "type_vocab" in message else "sst2")
-    assert message in found and (f"model/{name}" in found or name in message)
+def test_pairs_need_two_segments(world, fails):
+    train.save_model("one", tiny_bert(type_vocab_size=1, vocab_size=len(WORDS)), "model")
+    write("glue/STS-B/train.tsv", "")
+    message = "one/config.json: type_vocab_size is 1; the pairs of stsb need 2 segments"
+    assert message in fails("--model one", task="stsb")
 
 def test_an_embedding_may_have_many_more_rows_than_tokens(world):
     torch.manual_seed(0)
