@@ -1823,14 +1823,10 @@ def test_a_run_without_a_checkpoint_starts_over_only_with_its_own_settings(train
     trained()
     log, before = Path("run/metrics.jsonl"), Path("run/mask.safetensors").read_bytes()
     lines = log.read_text().splitlines()
-    other = lines[0].replace('"eval_every": 20', '"eval_every": 7')
-    for line, flags, message in [  # as if it had been killed early
-            (other, "", "written with eval_every 7, this run has 20"),  # known with the data only
-            (lines[0], "--eval-every 7", "written with eval_every 20, this run has 7"),
-            (lines[0], "--lr 0.1", "written with lr 0.02, this run has 0.1")]:
-        log.write_text(line + "\n")
-        assert message in fails(f"--resume {flags}")
-        assert Path("run/mask.safetensors").read_bytes() == before
+    log.write_text(lines[0].replace('"eval_every": 20', '"eval_every": 7') + "\n")
+    message = "written with eval_every 7, this run has 20"  # which only the data tell
+    assert message in fails("--resume") and Path("run/mask.safetensors").read_bytes() == before
+    log.write_text(lines[0] + "\n")  # as if it had been killed early
     run("--resume")
     assert "starting over" in capsys.readouterr().out and log.read_text().splitlines() == lines
 
