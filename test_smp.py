@@ -1465,13 +1465,12 @@ def test_every_default_is_decided_in_one_place(flags, n, positions, expected):
     s = vars(train.settings_of(flags, positions, n))
     assert {name: s[name] for name in expected} == expected and flags == before
 
-def test_best_only_counts_at_the_target_sparsity(trained):
-    final = trained("--ramp 1")
-    assert final["best"] == final["last"] and final["kept"] == final["total"] // 2
-
-def test_a_run_of_one_step_and_a_ramp_of_none(world):
-    final = run("--limit 8 --epochs 1 --ramp 0")
-    assert final["last"]["step"] == 1 and final["kept"] == round(0.5 * final["total"])
+@pytest.mark.parametrize("flags, steps", [
+    ("--ramp 1 --lr 0", 60), ("--ramp 0 --limit 8 --epochs 1", 1)])
+def test_best_only_counts_at_the_target_sparsity(world, flags, steps):
+    final = run(f"{flags} --sparsity 0.99")
+    assert final["best"] == final["last"] and final["last"]["step"] == steps
+    assert final["kept"] == round(0.01 * final["total"])
 
 # ---- Other tasks, other methods
 
