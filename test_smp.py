@@ -1349,8 +1349,9 @@ def test_one_flipped_bit_anywhere_is_an_error(tmp_path):
 
 GOOD = "--epochs 8 --lr 0.05 --dropout 0"  # a run that learns its task
 
-def write_tsv(name, head, rows):
-    write(f"glue/{name}.tsv", "\n".join(["\t".join(head.split()), *rows]) + "\n")
+def write_tsv(names, head, rows):
+    for name in names.split():
+        write(f"glue/{name}.tsv", "\n".join(["\t".join(head.split()), *rows]) + "\n")
 
 def evaluations(folder="run"):
     return [line for line in log_of(folder) if line["event"] == "eval"]
@@ -1477,8 +1478,7 @@ def test_best_only_counts_at_the_target_sparsity(world, flags, steps):
 def test_a_regression_learns(world):
     rows = [f"{i}\t{'ab'[i % 2]}\t{('bad', 'good', 'good')[i % 3]} film\t{'155'[i % 3]}"
             for i in range(120)]
-    for split in ("train", "dev"):
-        write_tsv(f"STS-B/{split}", "index sentence1 sentence2 score", rows)
+    write_tsv("STS-B/train STS-B/dev", "index sentence1 sentence2 score", rows)
     final = run("--epochs 16 --lr 0.05 --dropout 0", task="stsb")
     assert final["metrics"]["pearson"] > 0.9
 
@@ -1610,8 +1610,7 @@ def test_distilbert_is_pruned_evaluated_and_exported(world):
     model = tiny_bert(type_vocab_size=0, vocab_size=len(WORDS))
     train.save_model("distil", model, "model")
     rows = [f"{i}\ta {'bad' if i % 2 else 'good'} film\tb\t{i % 2}" for i in range(60)]
-    for split in ("train", "dev"):
-        write_tsv(f"WNLI/{split}", "index sentence1 sentence2 label", rows)
+    write_tsv("WNLI/train WNLI/dev", "index sentence1 sentence2 label", rows)
     final = run("--model distil --epochs 2", task="wnli")
     assert evaluate("--export pruned") == final["metrics"]
     assert bert.load_pretrained("pruned").config == model.config
@@ -1750,10 +1749,9 @@ def test_predictions_are_what_glue_takes(trained):
     rows = [f"{i}\t{'good' if i % 3 else 'bad'} film\ta b" for i in range(30)]
     labels = [("entailment", "neutral", "neutral")[i % 3] for i in range(30)]
     labelled = [f"{row}\t{label}" for row, label in zip(rows, labels, strict=True)]
-    for split in ("train", "dev_matched", "dev_mismatched"):
-        write_tsv(f"MNLI/{split}", "index sentence1 sentence2 gold_label", labelled)
-    for split in ("test_matched", "test_mismatched"):
-        write_tsv(f"MNLI/{split}", "index sentence1 sentence2", rows)
+    head = "index sentence1 sentence2"
+    write_tsv("MNLI/train MNLI/dev_matched MNLI/dev_mismatched", f"{head} gold_label", labelled)
+    write_tsv("MNLI/test_matched MNLI/test_mismatched", head, rows)
     write_tsv("SST-2/test", "index sentence", ["0\tgood film", "1\ta bad film", "2\tc good film"])
     trained(GOOD)
     final = run("--epochs 1", task="mnli", out="b")
