@@ -686,13 +686,12 @@ def test_a_sparse_product_is_the_dense_one(out, into, shape, kept, has_bias, see
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 @pytest.mark.parametrize("percent, tokens, skips", [
-    (10, 64, True), (10, 256, True), (12, 256, True), (13, 128, True), (13, 129, False),
-    (20, 64, True), (20, 256, False), (25, 128, True), (26, 1, False), (30, 64, False)])
+    (12, 256, True), (13, 128, True), (13, 129, False), (25, 128, True), (26, 1, False)])
 def test_the_product_that_should_be_faster_is_taken(percent, tokens, skips, monkeypatch):
     """Zeros are skipped only on a CPU, and only with MKL."""
-    W, x, dense, linear = torch.zeros(10, 10), torch.randn(tokens, 10), [], F.linear
+    W, x, dense = torch.zeros(10, 10), torch.randn(tokens, 10), []
     W.view(-1)[:percent] = 1
-    monkeypatch.setattr(F, "linear", lambda *inputs: dense.append(1) or linear(*inputs))
+    spy(monkeypatch, F, "linear", lambda *_: dense.append(1))
     train.SparseProduct(W)(x, W, None)
     assert len(dense) == 1 - (skips and torch.backends.mkl.is_available())
     dense.clear()
@@ -1643,14 +1642,14 @@ def test_an_ordinary_classifier_teaches_whatever_the_order_of_its_classes_and_wo
 
 # ---- It fails well
 
-NUMBERS = [f"{flag}={value}" for flag in "--lr --weight-lr --lambda --pull --temperature".split()
-           for value in ("inf", "nan", "-1")]
 USUAL = "--task sst2 --data glue --out run --model"
 REFUSED = {  # words of the message: command lines
     "mprc: no such task": ["--task mprc"],
     "--frobnicate": ["--frobnicate"], "'smp'": ["--method smp"],
     "no device 'quantum'": ["--device quantum"], "the same seed twice": ["--seed 1 1"],
-    "is not a number from 0": ["--sparsity 90", "--sparsity -0.1", "--sparsity nan", *NUMBERS],
+    "is not a number from 0": [
+        "--sparsity 90", "--sparsity -0.1", "--lr nan", "--weight-lr inf", "--lambda -1",
+        "--pull -1", "--temperature 0"],
     "is not a whole number": ["--epochs 0", "--epochs 2.5", "--seed -1", "--max-length 3"],
     "/no/such/folder: neither": [f"{USUAL} /no/such/folder"],
     "/nowhere: neither": [f"{USUAL} model --teacher /nowhere"],
