@@ -109,15 +109,15 @@ def initial_scores(weight, init):
 
 def prune(model, names, init="magnitude"):
     """Freezes a model and replaces each nn.Linear in `names` by a MaskedLinear, in place.
-    Returns {name: MaskedLinear}. Raises TypeError for a name that is no plain nn.Linear, ValueError
-    for BatchNorm statistics that would move. nn.MultiheadAttention's in_proj_weight stays dense."""
+    Returns {name: MaskedLinear}. Raises KeyError for an unknown name, TypeError for what is no plain
+    nn.Linear, ValueError for BatchNorm statistics that would move. nn.MultiheadAttention's
+    in_proj_weight stays dense."""
     modules, names = dict(model.named_modules(remove_duplicate=False)), list(names)
     for name, module in modules.items():
         if module.training and getattr(module, "track_running_stats", False):
             raise ValueError(f"{name}: its running statistics move in training; call eval() on it")
     for name in names:
-        linear = modules.get(name)
-        kind = type(linear)
+        linear, kind = modules[name], type(modules[name])
         hooks = [hook for key, value in vars(linear).items() if "_hooks" in key for hook in value]
         shared = sum(module is linear for module in modules.values()) > 1
         if getattr(kind, "forward", None) is not nn.Linear.forward or "weight" not in vars(

@@ -24,6 +24,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -2577,12 +2578,16 @@ def test_a_model_comes_from_the_hub(world):
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
     """The demo as a newcomer runs it: its folder, its output, its metrics."""
-    folder, output = tmp_path_factory.mktemp("demo"), io.StringIO()
+    folder, output, begun = tmp_path_factory.mktemp("demo"), io.StringIO(), time.monotonic()
     torch.set_num_threads(THREADS)
     with contextlib.redirect_stdout(output):
         final = cli(f"--data {folder}/demo --out {folder}/run --device cpu")
     torch.set_num_threads(1)
-    return folder, output.getvalue(), final
+    said = output.getvalue()
+    for seconds, megabytes in re.findall(r"^(\d+) s(?: in all)?, ([\d,]+) MB", said, re.MULTILINE):
+        assert int(seconds) <= time.monotonic() - begun + 1
+        assert 100 < int(megabytes.replace(",", "")) < 20_000
+    return folder, said, final
 
 def test_the_demo_ends_in_its_table(demo):
     _, output, final = demo
