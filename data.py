@@ -616,7 +616,7 @@ GLUE_URL = "https://dl.fbaipublicfiles.com"  # or what the environment's GLUE_UR
 LARGEST = 500_000_000  # bytes of a download or a file; GLUE's largest, MNLI's zip, has 313 million
 MRPC_HEADER = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String"
 
-def ensure(task, data_dir):
+def ensure_downloaded(task, data_dir):
     """Makes sure that data_dir/<task.folder> is there, fetching it if not. Raises OSError or
     ValueError; what does not arrive whole is not left behind."""
     folder = Path(data_dir) / task.folder

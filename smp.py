@@ -109,8 +109,8 @@ def initial_scores(weight, init):
 
 def prune(model, names, init="magnitude"):
     """Freezes a model and replaces each nn.Linear in `names` by a MaskedLinear, in place.
-    Returns {name: MaskedLinear}. Raises KeyError for an unknown name, TypeError for what is no plain
-    nn.Linear, ValueError for BatchNorm statistics that would move. nn.MultiheadAttention's
+    Returns {name: MaskedLinear}. Raises KeyError for an unknown name, TypeError for what is no
+    plain nn.Linear, ValueError for BatchNorm statistics that would move. nn.MultiheadAttention's
     in_proj_weight stays dense."""
     modules, names = dict(model.named_modules(remove_duplicate=False)), list(names)
     for name, module in modules.items():
@@ -182,7 +182,7 @@ def two_of_four(scores, n_keep):
         kept |= largest(lost.reshape(1, -1), k).view_as(lost)[..., None]
     return kept.flatten(-2)
 
-RULES = {  # Table 3: S, L, G, T
+RULES = {  # Table 3: S, the paper's own; L; G; T, as soft movement pruning has it
     "smp-s": "the matrices of a type in proportion to R(S)",
     "smp-l": "each matrix the same fraction",
     "global": "one threshold over all matrices",

@@ -1204,16 +1204,16 @@ def zipped(names=RTE, text="x", method=zipfile.ZIP_STORED):
 def fetch(monkeypatch, task, files, folder):
     with server(files) as url:
         monkeypatch.setenv("GLUE_URL", url)
-        data.ensure(data.TASKS[task], folder)
+        data.ensure_downloaded(data.TASKS[task], folder)
 
 def test_glue_is_fetched_from_its_official_paths(tmp_path, monkeypatch):
     monkeypatch.setenv("GLUE_URL", "http://127.0.0.1:9")
     with pytest.raises(OSError, match="without a network, put"):
-        data.ensure(data.TASKS["rte"], tmp_path / "glue")
+        data.ensure_downloaded(data.TASKS["rte"], tmp_path / "glue")
     text = "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n"
     fetch(monkeypatch, "rte", {"/glue/data/RTE.zip": zipped(RTE, text)}, tmp_path / "glue")
     assert data.read_split(data.TASKS["rte"], tmp_path / "glue", "dev")[0] == [("a", "b")]
-    data.ensure(data.TASKS["rte"], tmp_path / "glue")  # there already: no server needed
+    data.ensure_downloaded(data.TASKS["rte"], tmp_path / "glue")  # there already: no server needed
     assert os.listdir(tmp_path / "glue") == ["RTE"]  # nothing temporary is left
 
 @pytest.mark.parametrize("source", ["by hand", "real"])
@@ -1627,7 +1627,7 @@ def write_classifier(folder, id2label, order=(0, 1), words=WORDS):
 def test_an_ordinary_classifier_teaches_whatever_the_order_of_its_classes_and_words(world, fails):
     def answers(folder, *args):
         write_classifier(folder, *args)
-        return loaded(f"--teacher {folder}").teacher({"index": slice(None)})
+        return loaded(f"--teacher {folder}").teacher_logits({"index": slice(None)})
 
     plain = answers("plain", None)
     assert torch.equal(answers("named", {"0": "1", "1": "0"}, (1, 0)), plain)
@@ -2076,7 +2076,7 @@ def test_what_the_language_model_is_told(world):
     assert not torch.equal(*[x["input_ids"][x["index"].argsort()] for x in batches])
     batch = next(taught.batches())
     assert (batch["labels"] < 0).float().mean() > 0.5
-    assert taught.teacher(batch).shape == (len(batch["places"]), len(WORDS))
+    assert taught.teacher_logits(batch).shape == (len(batch["places"]), len(WORDS))
 
 def test_all_three_stages(trained, fails, capsys):
     """A teacher, a sparse student, the task with its zeros locked; each leaves what the next one
@@ -2609,7 +2609,7 @@ def test_the_demo_trains_nothing_twice_and_its_table_takes_the_last_mask(demo, c
     assert not capsys.readouterr().out
     last, best = [{"metrics": {"accuracy": accuracy}} for accuracy in (0.625, 0.875)]
     s = train.parse_flags(["--data", str(folder / "demo"), "--device", "cpu"])
-    train.compare(s, final | {"last": last, "best": best})
+    train.print_comparison(s, final | {"last": last, "best": best})
     assert "the learned mask                         0.625" in capsys.readouterr().out
     assert len(list((folder / "demo").glob("dense-fp32-128-*"))) == 1
 

@@ -62,7 +62,7 @@ def train_step(run, batch):
     torch.manual_seed(data.seed_of(s.seed, run.step, RANK + 1))  # so dropout repeats after a resume
 
     logits = run.logits(batch)  # each layer uses W' = W * M
-    taught = run.teacher(batch)
+    taught = run.teacher_logits(batch)
     loss = share * smp.objective(logits, batch["labels"], taught, s.temperature, s.teacher_weight)
     loss.backward()  # now scores.grad is dL/dW' * W
     loss = loss.detach()
@@ -267,7 +267,7 @@ class Run(TaskModel):
 
     def __init__(self, s):
         self.out, task = Path(s.out), data.TASKS[s.task]
-        by_first(data.ensure, task, s.data or "")
+        by_first(data.ensure_downloaded, task, s.data or "")
         super().__init__(by_first(bert.find_pretrained, s.model), s)
         texts, labels = self.asks.read("train", s.limit)
         self.dev_sets = self.examples(*task.dev)
@@ -276,10 +276,10 @@ class Run(TaskModel):
             self.dev_sets["holdout"] = self.asks.encode(*held_out)
         self.train_set = self.asks.encode(texts, labels)
         self.s = s = settings_of(s.given, self.positions, len(self.train_set))
-        self.teacher = lambda batch: None
+        self.teacher_logits = lambda batch: None
         if s.teacher:
             teacher = TaskModel(s.teacher, s, is_teacher=True)
-            self.teacher = self.asks.listen(teacher, texts)
+            self.teacher_logits = self.asks.listen(teacher, texts)
         torch.manual_seed(s.seed)
         self.make_learnable()
         self.step, self.lam = 0, s.lam
@@ -404,9 +404,9 @@ def run_once(s):
     started, run = time.monotonic(), Run(s)
     # torchrun passes on a ctrl-C that all have heard already.
     with data.only_run_in(run.out, RANK), data.interruptible(PROCESSES > 1) as run.interrupts:
-        if final := finished(run.s):  # it ended while this one was loading
+        if final := complete_record(run.s):  # it ended while this one was loading
             return final
-        begin(run)
+        resume_or_clear(run)
         introduce(run)
         try:
             train(run)
@@ -419,7 +419,7 @@ def run_once(s):
 
 RESULTS = ("metrics.jsonl", "mask.safetensors", "model/model.safetensors")
 
-def finished(s):
+def complete_record(s):
     """The final record of a complete run in s.out, for --resume; None if there is work to do.
     Raises FileExistsError rather than replace what is there."""
     out = Path(s.out)
@@ -443,7 +443,7 @@ def finished(s):
     print(f"{out}: this run is complete, nothing to resume")
     return log[-1]
 
-def begin(run):
+def resume_or_clear(run):
     """Goes on from the checkpoint in the run's folder, or else clears what an earlier run left."""
     checkpoint = run.out / "checkpoint.safetensors"
     for what, there in from_first(run.origin).items():
@@ -815,9 +815,9 @@ def write_random_model(folder):
 def run_silently(**given):
     s = settings_of(given | {"seed": 0})
     with contextlib.redirect_stdout(io.StringIO()):
-        return finished(s) or run_once(s)
+        return complete_record(s) or run_once(s)
 
-def compare(s, learned):
+def print_comparison(s, learned):
     """Prints what the learned mask is worth, beside other things to do with the same weights."""
     frozen = TaskModel(s.model, s)
     dev = frozen.examples("dev")
@@ -1053,7 +1053,7 @@ def run_seeds(s):
     for seed in s.seed:
         own = {"seed": seed, "out": out if alone else f"{out}-s{seed}"}
         each.append(settings_of(s.given | own | {"overwrite": s.overwrite}))
-    finals = [finished(one) for one in each]  # refuses a folder before the first run
+    finals = [complete_record(one) for one in each]  # refuses a folder before the first run
     finals = [final or run_once(one) for final, one in zip(finals, each, strict=True)]
     if len(finals) == 1:
         return finals[0]
@@ -1068,7 +1068,7 @@ def run_seeds(s):
     print(json.dumps(together))
     return together
 
-def command(s):
+def run_command(s):
     if s.eval or s.predict:
         return evaluate_masks(s) if s.eval else predict_masks(s)
     started = time.monotonic()
@@ -1077,7 +1077,7 @@ def command(s):
     final = run_seeds(s)
     learns_masks = s.scores_from == "learned" and not s.trains_weights
     if s.task == "demo" and learns_masks and len(s.seed) == 1:
-        compare(s, final)
+        print_comparison(s, final)
         seconds, memory = time.monotonic() - started, data.peak_mb(s.device)
         print(f"\n{seconds:.0f} s in all, {memory:,.0f} MB of memory at most")
     return final
@@ -1092,7 +1092,7 @@ def main(argv=None):
         s = parse_flags(argv)
         try:
             with joined(s.device):
-                return command(s)
+                return run_command(s)
         except KeyboardInterrupt:
             print("\ninterrupted; with --resume the same command goes on from a checkpoint, if any",
                   file=sys.stderr)
