@@ -412,8 +412,8 @@ def training_batches(encoded, s, step, ask):
         done = 0
 
 def seed_of(*numbers):
-    """One seed, of 32 bits, of several numbers. No sum: then seed 1 would begin where seed 0 goes
-    on."""
+    """One seed, of 32 bits, of several numbers; a last one of 0 counts as none. No sum: then seed 1
+    would begin where seed 0 goes on."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 def hide_words(batch, tokenizer, generator, rate=0.15, cls_word=False, everywhere=False):

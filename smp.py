@@ -9,7 +9,7 @@ Backward, the mask counts as the scores themselves ("straight-through"):
     dL/dS = dL/dM = dL/dW' * W       for kept and for pruned weights alike    (Eq. 3)
 
 The weights never change: which of them stay is all that is learned. The loss is the task's, plus
-the mean over the matrices of the mean of sigmoid(S), times a strength that grows from 0 to lam:
+a strength that grows from 0 to lam, times the mean over the matrices of the mean of sigmoid(S):
 
     layers = prune(model, names)
     scores = [layer.scores for layer in layers.values()]
@@ -40,7 +40,8 @@ from torch.autograd.function import once_differentiable
 
 # ---- The layer (Eq. 3) ----------------------------------------------------------------------
 class MaskedWeight(torch.autograd.Function):
-    """W, M (bool), S, all (out, in) -> W' = W * M. Backward, M counts as S (Eq. 3)."""
+    """W, M (bool), S, all (out, in) -> W' = W * M. Backward, M counts as S (Eq. 3).
+    The same as StraightThrough.apply(S, M) * W, without a float mask to keep."""
     @staticmethod
     def forward(ctx, W, M, S):
         ctx.save_for_backward(W, M)
@@ -58,7 +59,7 @@ def times(W, M):
 
 class StraightThrough(torch.autograd.Function):
     """Forward: `rounded`, a function of x as a mask is of its scores. Backward: the identity, for
-    kept and pruned entries alike. Of topk_mask, threshold_mask and fake_int8."""
+    kept and pruned entries alike. Used by topk_mask, threshold_mask and fake_int8."""
     @staticmethod
     def forward(ctx, x, rounded):
         return rounded.to(x.dtype)
@@ -69,7 +70,7 @@ class StraightThrough(torch.autograd.Function):
 
 class MaskedLinear(nn.Module):
     """A linear layer with the weight W' = W * M. It takes dense_weight W (out, in) and bias (out,)
-    from the linear that it replaces. Its scores S are learned. choose_masks sets its mask M."""
+    from the linear that it replaces. Its scores S can be learned. choose_masks sets its mask M."""
     def __init__(self, linear, init="magnitude"):
         super().__init__()
         self.dense_weight = linear.weight
@@ -171,8 +172,9 @@ def two_of_four(scores, n_keep):
     the pattern that NVIDIA's sparse cores take. Scores (out, in); 4 divides in. To keep
     n_keep, some fours stay whole: those that would lose most."""
     fours, kept = scores.detach().unflatten(-1, (-1, 4)), []
-    for i, one in enumerate(four := fours.unbind(-1)):
-        less = [other < one if j < i else other <= one for j, other in enumerate(four) if j != i]
+    columns = fours.unbind(-1)
+    for i, x in enumerate(columns):  # of equals the first counts as larger
+        less = [y < x if j < i else y <= x for j, y in enumerate(columns) if j != i]
         # Kept is what at least two of the other three are less than: never a nan.
         kept.append(sum(smaller.view(torch.uint8) for smaller in less) > 1)
     kept = torch.stack(kept, -1)
@@ -183,11 +185,11 @@ def two_of_four(scores, n_keep):
     return kept.flatten(-2)
 
 RULES = {  # Table 3: S, the paper's own; L; G; T, as soft movement pruning has it
-    "smp-s": "the matrices of a type in proportion to R(S)",
+    "smp-s": "the matrices of a type in proportion to R(S), the mean of sigmoid(S)",
     "smp-l": "each matrix the same fraction",
     "global": "one threshold over all matrices",
     "threshold": "whatever has sigmoid(S) > tau; the regulariser sets the sparsity",
-    "2:4": "two of each four neighbours, at a sparsity of 0.5 (not in the paper)",
+    "2:4": "two of each four neighbours, so never above a sparsity of 0.5 (not in the paper)",
 }
 
 @torch.no_grad()
@@ -217,9 +219,9 @@ def keep_counts(scores, sparsity, rule="smp-s", tau=0.1):
     return dict(zip(scores, counts, strict=True))
 
 def smp_s_shares(scores, keep):
-    """{name: scores} -> how many weights each gets (m,), not yet integers. Each type (layers.3.Q
-    is a Q) has L matrices; of equal ones, matrix l = 1 to L wants the fraction
-    k_l = keep * L * R(S_l) / sum of R (Eq. 4)."""
+    """{name: scores} -> how many weights each gets (m,), not yet integers. Each type (the last part
+    of a name: layers.3.Q is a Q) has L matrices; of equal size, matrix l = 1 to L wants the
+    fraction k_l = keep * L * R(S_l) / sum of R (Eq. 4)."""
     types, shares = {}, {}
     for name, s in scores.items():
         types.setdefault(name.rpartition(".")[2], {})[name] = s
@@ -240,7 +242,7 @@ def capped_shares(sizes, R, keep):
     sorted_R, order = R.sort(descending=True, stable=True)
     n = sizes[order]
     # With the j largest kept whole the others share the rest: a c for each j. The sum at a c is
-    # the least over j of whole + c * others, so it reaches the total at the largest of these c.
+    # the least over j of whole + c * others, so it gets to keep * n at the largest of these c.
     # (In the example they are .2, .27 and -.2 for j = 0, 1, 2: with c = .27 one is kept whole.)
     whole = n.cumsum(0) - n
     others = (n * sorted_R).flip(0).cumsum(0).flip(0)

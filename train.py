@@ -56,10 +56,10 @@ def train_step(run, batch):
     """One step of the method. Returns the loss before it, a scalar tensor."""
     s = run.s
     run.choose_masks()  # by the rule of the method, at this step's sparsity
-    batch, share = part_of(batch)  # in one process itself, and 1
+    batch, share = part_of(batch)  # and its share of what is asked
     batch = run.on_device(batch)
     run.model.train()
-    torch.manual_seed(data.seed_of(s.seed, run.step, RANK + 1))  # so dropout repeats after a resume
+    torch.manual_seed(data.seed_of(s.seed, run.step, RANK + 1))  # repeats after a resume
 
     logits = run.logits(batch)  # each layer uses W' = W * M
     taught = run.teacher_logits(batch)
@@ -105,8 +105,8 @@ def learning_rate(step, steps, peak, warmup_steps, hold_steps=0):
 # ---- A model, and what a task asks of it ----------------------------------------------------
 
 class TaskModel:
-    """A BERT from a folder or the hub, for the task in s, which asks for a word at some tokens of a
-    batch, its `places`: at each [CLS], or where words are hidden."""
+    """A BERT from a folder or the hub, for the task of s. It asks for a word at some tokens of
+    a batch, its `places`: at each [CLS], or in mlm where words are hidden."""
 
     def __init__(self, name, s, is_teacher=False):
         self.base = folder = bert.find_pretrained(name)
@@ -120,7 +120,7 @@ class TaskModel:
         expect(len(self.task.text) < 2 or self.model.config.type_vocab_size != 1,
                f"{folder}/config.json: type_vocab_size is 1; the pairs of {s.task} need 2 segments")
         self.positions = self.model.config.max_position_embeddings
-        if s.max_length is LATER:
+        if s.max_length is LATER:  # see The flags: what depends on the model is known now
             self.s = s = settings_of(s.given, self.positions)
         expect(4 <= s.max_length <= self.positions,
                f"{folder}: it has {self.positions} positions, not {s.max_length}")
@@ -183,7 +183,7 @@ class Labels:
     def encode(self, texts, labels):
         return data.encode(self.tokenizer, texts, labels, self.s.max_length)
 
-    def ask(self, batch, generator):
+    def ask(self, batch, generator):  # a training batch, with what it asks
         return batch
 
     def predict(self, examples):
@@ -275,7 +275,7 @@ class Run(TaskModel):
             (texts, labels), held_out = data.split_off(texts, labels, s.holdout)
             self.dev_sets["holdout"] = self.asks.encode(*held_out)
         self.train_set = self.asks.encode(texts, labels)
-        self.s = s = settings_of(s.given, self.positions, len(self.train_set))
+        self.s = s = settings_of(s.given, self.positions, len(self.train_set))  # and on the data
         self.teacher_logits = lambda batch: None
         if s.teacher:
             teacher = TaskModel(s.teacher, s, is_teacher=True)
@@ -296,7 +296,7 @@ class Run(TaskModel):
         s, model = self.s, self.model
         model.set_dropout(s.dropout or 0.0)
         masked = s.scores_from or s.int8  # a dense model in 8 bits has masks of ones
-        init = s.init or (s.scores_from if s.rule else "zero")  # random, magnitude are starts too
+        init = s.init or (s.scores_from if s.rule else "zero")  # random, magnitude: also starts
         self.layers = smp.prune(model, prunable(model), init) if masked else {}
         for layer in self.layers.values():
             layer.int8 = s.int8
@@ -370,7 +370,7 @@ class Run(TaskModel):
 
     @property
     def best(self):
-        """Before the ramp ends a mask is denser than asked for, and does not count."""
+        """The best evaluation. Before the ramp ends a mask is too dense, and does not count."""
         done = [entry for entry in self.log[1:] if entry["step"] >= self.s.ramp_steps]
         return max(done, key=lambda entry: entry["metrics"]["score"], default=None)
 
@@ -402,7 +402,7 @@ def run_once(s):
     --resume goes on from the last checkpoint and ends bit for bit as if nothing had happened (on a
     GPU as far as its kernels repeat themselves)."""
     started, run = time.monotonic(), Run(s)
-    # torchrun passes on a ctrl-C that all have heard already.
+    # Several processes are patient: torchrun passes on a ctrl-C that all have heard already.
     with data.only_run_in(run.out, RANK), data.interruptible(PROCESSES > 1) as run.interrupts:
         if final := complete_record(run.s):  # it ended while this one was loading
             return final
