@@ -40,7 +40,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -1265,6 +1265,7 @@ KINDS = st.tuples(  # type, shape, density
 NAMES = st.sampled_from(["layers.0.Q", "layers.0.K", "layers.1.D", "lam"])
 
 @given(st.dictionaries(NAMES, KINDS, max_size=4), st.booleans(), st.integers(0, 2**32))
+@example({"lam": (torch.bool, (0, 3), 0.5)}, True, 0)
 @settings(max_examples=40)
 def test_tensors_come_back_bit_for_bit(tmp_path_factory, kinds, pack, seed):
     path, g = tmp_path_factory.mktemp("packed") / "file", torch.Generator().manual_seed(seed)
