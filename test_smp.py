@@ -1556,7 +1556,7 @@ def test_a_task_of_ones_own_from_file_to_predictions(world, fails):
     away = "--eval mask --model model --data yours --task sst2"
     assert "a mask for reviews; --task asks for sst2" in fails(away, call=cli)
 
-def test_a_regression_of_ones_own_learns_and_has_its_range(world, fails):
+def test_a_regression_of_ones_own_learns_and_has_its_range(world, fails, monkeypatch):
     write_reviews(labels=None, words=["good"], metrics=["pearson"], range=[-1, 1])
     flags = "--task mine/reviews/task.json --model model --device cpu --max-length 16"
     assert "train.csv, line 3: score 'bad'; expected a number from -1 to 1" in fails(flags, cli)
@@ -1564,8 +1564,13 @@ def test_a_regression_of_ones_own_learns_and_has_its_range(world, fails):
         path = Path(f"mine/reviews/{split}.csv")
         text = path.read_text().replace(',bad', ',-1').replace(',"a, b"', ",0.5")
         write(path, text.replace(",good", ",1"))
+    measured = []
+    monkeypatch.setattr(smp, "balanced_lambda", lambda *args, real=smp.balanced_lambda: (
+        measured.append(real(*args)) or measured[-1]))
     final = cli(f"{flags} --sparsity 0.5 --epochs 20 --lr 0.1 --dropout 0 --out run")
     assert final["metrics"]["pearson"] > 0.9
+    start, *_, end = log_of()[:-1]  # of the first twentieth the least lambda counts
+    assert len(measured) == start["steps"] // 20 + 1 > 2 and end["lam"] == min(measured)
     cli("--predict run/mask.safetensors --device cpu")
     lines = Path("predictions/reviews.tsv").read_text().splitlines()[1:]
     assert all(-1 <= float(line.split("\t")[1]) <= 1 for line in lines)
@@ -1753,6 +1758,10 @@ def test_predictions_are_what_glue_takes(trained):
     assert set(final["metrics"]) == {"accuracy", "mismatched_accuracy", "score"}
     cli("--predict run/mask.safetensors b/mask.safetensors --data glue --out predictions")
     assert Path("predictions/SST-2.tsv").read_text() == "index\tprediction\n0\t1\n1\t0\n2\t1\n"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.SparseProduct, "__call__", lambda self, x, W, b: F.linear(0 * x, W, b))
+        cli("--predict run/mask.safetensors --sparse --out zeros")  # it skips zeros here too
+    assert Path("zeros/SST-2.tsv").read_text() != Path("predictions/SST-2.tsv").read_text()
     lines = Path("predictions/MNLI-mm.tsv").read_text().splitlines()
     assert len(lines) == 31 and lines[7].startswith("6\t")
     assert {line.split("\t")[1] for line in lines[1:]} <= set(data.TASKS["mnli"].labels)
@@ -1833,6 +1842,8 @@ def test_a_complete_run_is_not_made_twice_whatever_its_log_has_suffered(
     assert "max_length 16, this run has 9" in fails(f"{flags} --resume --max-length 9")
     Path("run/mask.safetensors").unlink()  # then it is made again
     assert run(f"{flags} --resume") == final and Path("run/mask.safetensors").exists()
+    log.write_text(log.read_text().replace(f'"kept": {final["kept"]}', '"kept": 1'))
+    assert run(f"{flags} --resume")["kept"] == 1 and run(f"{flags} --overwrite") == final
 
 def test_each_file_is_on_disk_before_its_name_is_there(world, monkeypatch):
     """It is as readable as any other, and written through no link."""
