@@ -1460,6 +1460,9 @@ def test_a_rewound_rate_is_the_published_schedule_restarted():
     ("--method finetune", 100, 512, dict(sparsity=None, weight_lr=3e-5, lr=None, dropout=0.1,
                                          rule=None)),
     ("", None, None, dict.fromkeys(["epochs", "batch_size", "max_length", "steps"], train.LATER)),
+    ("--method lock", 100, 512, dict(weight_lr=1e-4, sparsity=None, epochs=100)),
+    ("--task mlm --corpus c --method magnitude", 100, 512, dict(weight_lr=5e-5, epochs=3)),
+    ("--task demo", 100, 512, dict(epochs=3, pull=0.2, init="zero", batch_size=32)),
 ])
 def test_every_default_is_decided_in_one_place(flags, n, positions, expected):
     flags = train.parse_flags(["--task", "rte", *flags.split()]).given
