@@ -244,8 +244,8 @@ def _parse_label(task, string, place):
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "tokenizer_config.json")
 
-# What a model's files may say of its tokenizer: of what comes before the words, by its name in the
-# tokenizers library; and of all the values that are followed.
+# What a model's files may say of its tokenizer. What happens to a text first has another name in
+# the tokenizers library. SAID has the values that are followed.
 NORMALIZER = {"do_lower_case": "lowercase", "strip_accents": "strip_accents",
               "tokenize_chinese_chars": "handle_chinese_chars"}
 SAID = dict.fromkeys(NORMALIZER, (True, False)) | {
@@ -519,12 +519,14 @@ def save_packed(path, kind, tensors, header, pack=True):
     stored, shapes = {}, {}
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
-        is_mask, flags = tensor.dtype == torch.bool, tensor != 0
-        few_set = 2 * flags.count_nonzero().item() <= tensor.numel()
-        if is_mask or (pack and few_set and tensor.numel() <= LARGEST_MATRIX):
-            key = f"{name}:places" if few_set else f"{name}:holes"
-            stored[key] = torch.tensor(encode_gaps((flags == few_set).numpy()))
-            shapes[name], tensor = list(tensor.shape), tensor[flags]
+        is_mask, n = tensor.dtype == torch.bool, tensor.numel()
+        if is_mask or (pack and n <= LARGEST_MATRIX):
+            flags = tensor != 0
+            few_set = 2 * flags.count_nonzero().item() <= n
+            if is_mask or few_set:
+                key = f"{name}:places" if few_set else f"{name}:holes"
+                stored[key] = torch.tensor(encode_gaps((flags == few_set).numpy()))
+                shapes[name], tensor = list(tensor.shape), tensor[flags]
         if not is_mask:
             stored[name] = tensor
     check_sizes(shapes)
