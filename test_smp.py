@@ -804,6 +804,9 @@ def test_an_ordinary_classifier_equals_transformers(tmp_path, kind, name):
     expected = theirs(ids, attention_mask=mask).logits[:, [1, 2, 0]]
     assert (found - expected).abs().max() < 1e-5
 
+def test_what_a_config_leaves_out_is_as_in_transformers():
+    assert vars(bert.Config()).items() <= oracle("transformers").BertConfig().to_dict().items()
+
 def test_a_real_checkpoint_equals_transformers():
     theirs = oracle("transformers").BertModel.from_pretrained(minilm()).eval()
     model, (ids, mask, segments) = bert.load_pretrained(minilm()), odd_batch()
@@ -2759,10 +2762,11 @@ def test_a_long_line_of_a_corpus_is_used_whole_and_an_unknown_one_not_counted(wo
         sum(text == "good film" for text in data.read_corpus(Path("corpus.txt"))["train"]) / 8)
 
 def test_what_may_surprise_is_noted(world, capsys):
-    run("--epochs 1 --max-length 5 --method threshold")
+    run("--epochs 1 --max-length 4 --method threshold")  # the least of all lengths
     output = capsys.readouterr().out
-    assert "of the texts have over 5 tokens and are cut" in output
+    assert "of the texts have over 4 tokens and are cut" in output
     assert "the rule sets no sparsity" in output
+    assert "method=threshold" in output and not re.search("=(None|False)", output)
     write("glue/SST-2/dev.tsv", 'sentence\tlabel\n"a film"\t1\n"b ""film"""\t0\n')
     run("--epochs 1", out="other")
     assert "dev.tsv: all texts are in quotes, as a spreadsheet" in capsys.readouterr().out
