@@ -1133,8 +1133,9 @@ def test_fifteen_per_cent_of_them_four_in_five_masked(tokenizer):
 
 def test_a_teacher_is_heard_at_every_token_and_cls_names_a_word(tokenizer):
     plain = corpus_of(tokenizer, 50, 50)
-    alone, taught, named = [hidden(plain, tokenizer, 5, **flags)[0] for flags in (
-        {}, {"everywhere": True}, {"cls_word": True})]
+    alone, taught, named, again = [hidden(plain, tokenizer, 5, **flags)[0] for flags in (
+        {}, {"everywhere": True}, {"cls_word": True}, {"cls_word": True})]
+    assert torch.equal(named["labels"], again["labels"])  # all is drawn from the generator given
     ids = plain[0]["input_ids"]
     assert torch.equal(taught["places"], plain[0]["attention_mask"].flatten().nonzero()[:, 0])
     words, heard = [torch.stack([x["places"], x["labels"]]) for x in (alone, taught)]
