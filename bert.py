@@ -173,9 +173,9 @@ class Bert(nn.Module):
 
 # ---- Checkpoints ----------------------------------------------------------------------------
 
-# Our modules and Hugging Face's, in a BERT and in a DistilBERT. There "*" is the start of a layer's
-# names, `encoder.layer.N` or `transformer.layer.N`. `cls.predictions.bias` is `mlm.bias`. The
-# encoder's names may begin with `bert.` or `distilbert.`, and do in the files that we save.
+# Our modules and Hugging Face's, in a BERT and in a DistilBERT; * is a layer's number. Where a name
+# begins with it, `encoder.layer.*` or `transformer.layer.*` is meant. `cls.predictions.bias` is
+# `mlm.bias`. The encoder's names may begin with `bert.` or `distilbert.`; in files of ours they do.
 MODULES = [row.split() for row in """
     embeddings.word           embeddings.word_embeddings            embeddings.word_embeddings
     embeddings.position       embeddings.position_embeddings        embeddings.position_embeddings
@@ -207,7 +207,7 @@ TIED = {
     "vocab_projector.weight":         "embeddings.word.weight",
 }
 # What a file may hold and nothing here needs: a buffer that counts 0, 1, 2, ..., and the head of
-# next-sentence prediction. (Its other head, the pooler, only a classifier needs.)
+# next-sentence prediction. (The pooler, in front of it, only a classifier needs.)
 DROPPED = ("embeddings.position_ids", "cls.seq_relationship.weight", "cls.seq_relationship.bias")
 # What a config.json may say beside the sizes, and the one value of each that this code computes.
 FIXED = {"hidden_act": "gelu", "activation": "gelu", "position_embedding_type": "absolute",
@@ -224,7 +224,7 @@ def _rename(name, table):
     `encoder.layer.3.attention.self.query.bias` <-> `layers.3.Q.bias`
     `embeddings.LayerNorm.bias` <-> `embeddings.norm.bias`"""
     module, _, parameter = name.rpartition(".")
-    number = next((part for part in module.split(".") if part.isdigit()), "*")
+    number = next((part for part in module.split(".") if part.isdigit()), "*")  # "*": there is none
     target = table.get(module.replace(f".{number}.", ".*."))
     return f"{target.replace('*', number)}.{parameter}" if target else None
 
@@ -234,7 +234,7 @@ def our_name(name, model_type="bert"):
     name = name.removeprefix(f"{model_type}.")
     if name in TIED:
         return TIED[name]
-    # The end of LayerNorm and of layer_norm.
+    # "orm" ends LayerNorm and layer_norm alike.
     name = name.replace("orm.gamma", "orm.weight").replace("orm.beta", "orm.bias")
     return "dropped" if name in DROPPED else _rename(name, NAMES[model_type])
 
@@ -267,8 +267,9 @@ def _check_file(path):
     others = [*path.parent.glob("*.bin"), *path.parent.glob("*.index.json")]
     mend = "a model folder holds config.json, model.safetensors and vocab.txt or tokenizer.json"
     if others and path.suffix == ".safetensors":
-        mend = (f"transformers makes it of {others[0].name}: BertForMaskedLM.from_pretrained("
-                f"{str(path.parent)!r}).save_pretrained('new', max_shard_size='9GB')")
+        mend = (f"transformers makes it of {others[0].name}: AutoModelForMaskedLM.from_pretrained("
+                f"{str(path.parent)!r}).save_pretrained('new', max_shard_size='9GB'); if it has no "
+                "MLM head, AutoModel")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; {mend}")
     with open(path, "rb") as file:
@@ -292,7 +293,7 @@ def read_config(path):
     keys = DISTILBERT_KEYS if found == "distilbert" else {}
     fields = {field.name: _config_value(path, raw, keys.get(field.name, field.name), field)
               for field in dataclasses.fields(Config)}
-    if keys:
+    if found == "distilbert":
         fields["type_vocab_size"] = 0
     if fields["hidden_size"] % fields["num_attention_heads"]:
         raise ValueError(f"{path}: hidden_size {fields['hidden_size']} is no multiple of "
@@ -300,10 +301,10 @@ def read_config(path):
     return Config(**fields)
 
 def _config_value(path, raw, key, field):
-    # Old configs leave out what was then a constant; a size that is missing is an error.
+    # May be left out: numbers that once were constants, and type_vocab_size.
     optional = field.type is float or field.name == "type_vocab_size"
     value = raw.get(key, field.default if optional else None)
-    low, high = (1, 10_000_000) if field.type is int else (0, 0.999)  # no vocabulary is so large
+    low, high = (1, 10_000_000) if field.type is int else (0, 0.999)  # above any vocabulary
     if type(value) not in (int, field.type) or not low <= value <= high:
         raise ValueError(f"{path}: {key} is {value!r}; expected {field.type.__name__}, "
                          f"{low} to {high:,}")
@@ -335,7 +336,7 @@ def load_pretrained(folder, classifier=False):
             raise ValueError(f"{path}: tensor {name} has no place in a {config.model_type}")
         if ours in state and not torch.equal(state[ours].float(), tensor.float()):
             raise ValueError(f"{path}: tensors {found_as[ours]} and {name} are two copies of one, "
-                             "since the decoder is tied to the embeddings, but they differ")
+                             "but they differ")
         if ours != "dropped":
             state[ours], found_as[ours] = tensor, name
     return build(config, state, path)
@@ -343,14 +344,14 @@ def load_pretrained(folder, classifier=False):
 def build(config, state, path):
     """{our name: tensor} -> Bert, float32, in eval mode. Raises ValueError naming `path` and the
     tensor that is missing, surplus, of another shape or kind, or not finite."""
-    # Even without weights, a number of layers that the file does not hold could take minutes.
+    # To build layers that the file does not hold could take minutes, even without weights.
     held = {name.split(".")[1] for name in state if name.startswith("layers.")}
     if config.num_hidden_layers > len(held):
         raise ValueError(f"{path}: holds {len(held)} layers; config.json says num_hidden_layers "
                          f"{config.num_hidden_layers}")
-    classes = state.get("classifier.classes.bias", [])
+    classes = state.get("classifier.classes.bias", torch.empty(0))
     with torch.device("meta"):  # the shapes, without the memory or the time for random weights
-        model = Bert(config, any(name.startswith("mlm.") for name in state), len(classes))
+        model = Bert(config, any(name.startswith("mlm.") for name in state), classes.numel())
     expected = model.state_dict()
     for name in {**expected, **state}:
         tensor, problem = state.get(name), None
@@ -374,7 +375,7 @@ def build(config, state, path):
     return model.eval()
 
 def save_pretrained(model, folder, whole=contextlib.nullcontext):
-    """The reverse of load_pretrained, but for a classifier: writes config.json and
+    """The reverse of load_pretrained, except for a classifier: writes config.json and
     model.safetensors as Hugging Face's BertForMaskedLM (BertModel without an MLM head) reads them.
     `whole(path)` is a context that gives the name to write to."""
     save_config(model, folder, whole)

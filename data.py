@@ -69,7 +69,7 @@ class Task:
 YES_NO = {"labels": ("entailment", "not_entailment"), "words": ("Yes", "No")}
 TASKS = {
     "cola": Task("CoLA", ("sentence",), "label", ("0", "1"), ("incorrect", "correct"),
-                 ("matthews",), columns=("source", "label", "star", "sentence")),  # not of test
+                 ("matthews",), columns=("source", "label", "star", "sentence")),
     "sst2": Task("SST-2", ("sentence",), "label", ("0", "1"), ("terrible", "great"),
                  ("accuracy",)),
     "mrpc": Task("MRPC", ("#1 String", "#2 String"), "Quality", ("0", "1"), ("No", "Yes"),
@@ -89,14 +89,14 @@ TASKS = {
                  ("accuracy",)),
     "demo": Task("DEMO", ("sentence",), "label", ("0", "1"), ("terrible", "great"),
                  ("accuracy",), home="demo"),
-    "mlm": Task("", (), "", (), (), ("accuracy", "perplexity"), test=()),  # computed by train.py
+    "mlm": Task("", (), "", (), (), (), test=(), home=""),
 }
 
 BUILT_IN = tuple(TASKS)
 
 def find_task(name):
-    """A name in TASKS, or the path of a task.json, which becomes a row there -> its name, that of
-    its folder. Raises FileNotFoundError, and ValueError naming the field."""
+    """A name in TASKS, or the path of a task.json, which becomes a row there -> its name, for
+    a task.json its folder's. Raises FileNotFoundError, and ValueError naming the field."""
     path = Path(name)
     if name in TASKS:
         return name
@@ -120,8 +120,9 @@ def add_task(fields):
     metrics = metrics[:1] if n > 2 else metrics
     for field, fine, expected in [
             ("folder", re.fullmatch(r"\w[\w.-]*", name) and name not in BUILT_IN,
-             "its name to be letters and digits, and of no built-in task"),
-            ("dev", task.dev, "the name of a file"),
+             "its name to be of letters, digits and _.-, and of no built-in task"),
+            ("dev", len(task.dev) == 1, "the name of a file"),
+            ("test", len(task.test) <= 1, "the name of a file, or none"),
             ("text", 1 <= len(task.text) <= 2, "one column, or two"),
             ("label", isinstance(task.label, str), "a column"),
             ("labels", len(task.labels) == len(set(task.labels)) and len(task.labels) != 1,
@@ -159,9 +160,9 @@ def read_split(task, data_dir, split, limit=None):
                f"{', '.join(wanted)}, found {printable(', '.join(columns), 120)}")
     of_text = [columns.index(column) for column in task.text]
     texts, labels = [], []
+    if task.skip_short_lines and split == "train":
+        rows = ((number, fields) for number, fields in rows if len(fields) >= len(columns))
     for number, fields in itertools.islice(rows, limit):
-        if task.skip_short_lines and len(fields) < len(columns) and split == "train":
-            continue
         place = f"{path}, line {number}"
         _check_fields(place, fields, len(columns))
         text = tuple(fields[i] for i in of_text)
@@ -177,8 +178,8 @@ def read_split(task, data_dir, split, limit=None):
     return texts, None if is_test else np.array(labels, np.float32 if task.regression else np.int64)
 
 def split_off(texts, labels, share):
-    """A share of the examples, the same in every run -> (texts, labels) of the rest, and of it.
-    Raises ValueError where one of the two would be empty."""
+    """A share of the examples, the same in every run -> (texts, labels) of the rest and of the
+    share. Raises ValueError where one of the two would be empty."""
     chosen = np.random.default_rng(0).random(len(texts)) < share
     expect(chosen.any() and not chosen.all(),
            f"--holdout {share:g}: too few examples ({len(texts)}) to split")
@@ -201,7 +202,7 @@ def read_corpus(path):
 def read_rows(path):
     """Yields (line number, fields) of each line of a .tsv, each record of a .csv."""
     lines = read_lines(path)
-    if path.suffix == ".tsv":
+    if path.suffix == ".tsv":  # GLUE quotes nothing: a lone " is text, and only a tab separates
         yield from ((number, line.split("\t")) for number, line in enumerate(lines, start=1))
         return
     reader = csv.reader((f"{line}\n" for line in lines), strict=True)
@@ -221,7 +222,6 @@ def read_lines(path):
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
 
 def _check_fields(place, fields, expected):
-    # GLUE quotes nothing: a lone " is text, and only a tab separates.
     expect(len(fields) == expected,
            f"{place}: {len(fields)} columns, expected {expected}; mend it or get the file again")
     expect(not any("\0" in text or len(text) > LONGEST_FIELD for text in fields), f"{place}: a NUL "
@@ -244,8 +244,8 @@ def _parse_label(task, string, place):
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "tokenizer_config.json")
 
-# What a model's files may say of its tokenizer. What happens to a text first has another name in
-# the tokenizers library. SAID has the values that are followed.
+# What a model's files may say of its tokenizer: SAID has the values that each key may have,
+# NORMALIZER the tokenizers library's names of some keys.
 NORMALIZER = {"do_lower_case": "lowercase", "strip_accents": "strip_accents",
               "tokenize_chinese_chars": "handle_chinese_chars"}
 SAID = dict.fromkeys(NORMALIZER, (True, False)) | {
@@ -313,7 +313,8 @@ def label_ids(tokenizer, words, source="task"):
 def class_order(folder, task, n):
     """Where the task's classes stand among the n of an ordinary classifier (C,): by the names that
     id2label in its config.json has for them, or by their numbers in LABEL_0 and the like."""
-    path, numbered = Path(folder) / "config.json", [f"LABEL_{i}" for i in range(n)]
+    path = Path(folder) / "config.json"
+    numbered = [f"LABEL_{i}" for i in range(max(n, len(task.words)))]
     with reading(path, "a classifier for this task"):
         found = read_json(path).get("id2label") or {}
         names = [str(found.get(str(i), numbered[i])).lower() for i in range(n)]
@@ -321,8 +322,9 @@ def class_order(folder, task, n):
             wanted = [label.lower() for label in labels]
             if sorted(wanted) == sorted(names) and n == len(task.words) == len(set(wanted)):
                 return torch.tensor([names.index(label) for label in wanted])
+        fine = [", ".join(x) for x in (task.labels, numbered[:len(task.words)]) if x]
         raise ValueError(f"id2label has the classes {', '.join(names)}; expected "
-                         f"{', '.join(task.labels or numbered[:1])}, or LABEL_0 and so on; mend it")
+                         f"{'; or '.join(fine)}; mend it")
 
 @dataclass
 class Encoded:
@@ -371,7 +373,7 @@ def batches(encoded, batch_size, generator=None):
 
     With a generator in random order, neighbours in length together. Without one the longest first.
     """
-    # Padding is wasted work; and what does not fit into memory fails at once.
+    # Alike in length: padding is wasted work. Longest first: too little memory shows at once.
     lengths = np.array([len(ids) for ids in encoded.ids])
     if generator is None:
         order = np.argsort(-lengths, kind="stable")
@@ -412,12 +414,12 @@ def training_batches(encoded, s, step, ask):
         done = 0
 
 def seed_of(*numbers):
-    """One seed, of 32 bits, of several numbers; a last one of 0 counts as none. No sum: then seed 1
-    would begin where seed 0 goes on."""
+    """One seed, of 32 bits, of several numbers; a last one of 0 counts as none. Not their sum:
+    seed 1 would begin where seed 0 goes on."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 def hide_words(batch, tokenizer, generator, rate=0.15, cls_word=False, everywhere=False):
-    """Asks for a share of a batch's words: 80 % of them become [MASK], 10 % a random token, 10 %
+    """Asks for a share of a batch's tokens: 80 % of them become [MASK], 10 % a random token, 10 %
     stay. `places` become the indices of K tokens among the B * T, `labels` (K,) what stood there.
     `everywhere` adds the other tokens, with label -100, for a teacher to be heard there."""
     ids = batch["input_ids"]
@@ -432,7 +434,7 @@ def hide_words(batch, tokenizer, generator, rate=0.15, cls_word=False, everywher
     hidden = ids.masked_fill(asked & (fate < 0.8), tokenizer.token_to_id("[MASK]"))
     hidden = torch.where(asked & (fate >= 0.9), random_ids, hidden)
     labels = ids.where(asked, -100)
-    if cls_word:  # also a word at [CLS], which the head reads and nothing else trains
+    if cls_word:  # a word at [CLS] too: the head reads it, and nothing else trains it
         drawn = torch.rand(ids.shape, generator=generator) * (draw < 2)
         labels[:, 0] = ids.gather(1, drawn.argmax(1, keepdim=True))[:, 0]
     places = (mask if everywhere else labels >= 0).flatten().nonzero()[:, 0]
@@ -509,7 +511,7 @@ def zip_predictions(paths):
 
 # ---- One container: masks, small models, checkpoints ----------------------------------------
 
-# What a file may unpack to, in all and in one tensor. BERT-large has 302 and 4 million masked ones.
+# What a file may unpack to, in all and in one tensor. BERT-large has 302 million, 4 in one.
 MOST_WEIGHTS, LARGEST_MATRIX = 320_000_000, 20_000_000
 
 def save_packed(path, kind, tensors, header, pack=True):
@@ -522,7 +524,7 @@ def save_packed(path, kind, tensors, header, pack=True):
         is_mask, n = tensor.dtype == torch.bool, tensor.numel()
         if is_mask or (pack and n <= LARGEST_MATRIX):
             flags = tensor != 0
-            few_set = 2 * flags.count_nonzero().item() <= n
+            few_set = 2 * flags.count_nonzero().item() <= n  # the rarer kind is stored
             if is_mask or few_set:
                 key = f"{name}:places" if few_set else f"{name}:holes"
                 stored[key] = torch.tensor(encode_gaps((flags == few_set).numpy()))
@@ -543,7 +545,8 @@ def check_sizes(shapes):
            f"over {MOST_WEIGHTS:,} weights in all, or {LARGEST_MATRIX:,} in one")
 
 def load_packed(path, kind):
-    """The reverse of save_packed: ({name: tensor}, header). Raises ValueError."""
+    """The reverse of save_packed: ({name: tensor}, header). Raises ValueError, FileNotFoundError.
+    """
     with reading(path, f"a {kind} file"), safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         expect(metadata.get("format") == f"smp-3-{kind}", f"format is {metadata.get('format')!r}; "
@@ -579,9 +582,9 @@ def encode_gaps(flags):
 def decode_gaps(packed, size):
     """The reverse of encode_gaps: bytes -> bool (size,). Raises ValueError for what is damaged."""
     coder = zlib.decompressobj()
-    symbols = np.frombuffer(coder.decompress(packed.tobytes(), size + 1), np.uint8)
+    symbols = np.frombuffer(coder.decompress(packed.tobytes(), size + 1), np.uint8)  # 0: no limit
     is_end = symbols < 255
-    places = np.cumsum(symbols + is_end, dtype=np.int64)[is_end] - 1  # 2 0 -> 3 4 -> 2 3
+    places = np.cumsum(symbols + is_end, dtype=np.int64)[is_end] - 1  # 2 0 -> 3 1 -> 3 4 -> 2 3
     expect(coder.eof and (not len(places) or places[-1] < size),
            f"its content does not fit {size:,} weights")
     flags = np.zeros(size, bool)
@@ -619,8 +622,8 @@ LARGEST = 500_000_000  # bytes of a download or a file; GLUE's largest, MNLI's z
 MRPC_HEADER = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String"
 
 def ensure_downloaded(task, data_dir):
-    """Makes sure that data_dir/<task.folder> is there, fetching it if not. Raises OSError or
-    ValueError; what does not arrive whole is not left behind."""
+    """Makes sure that a GLUE task's data_dir/<task.folder> is there: fetches it if not. Raises
+    OSError or ValueError; what does not arrive whole is not left behind."""
     folder = Path(data_dir) / task.folder
     if folder.is_dir() or task.home != "glue":
         return
@@ -641,8 +644,9 @@ def _download(path, scratch):
                 while chunk := response.read(1 << 16):
                     target.write(chunk)
                     bar.update(len(chunk))
-                    expect(bar.n <= LARGEST, "larger than anything in GLUE")
-            expect(size in (0, bar.n), f"broke off after {bar.n} of {size} bytes; try again")
+                    expect(target.tell() <= LARGEST, "larger than anything in GLUE")
+            expect(size in (0, target.tell()),
+                   f"broke off after {target.tell()} of {size} bytes; try again")
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise OSError(f"{url}: cannot be fetched ({error}); without a network, put GLUE's TSV "
                       "folders into --data") from None
@@ -655,13 +659,12 @@ def _fetch_archive(task, scratch):
         with zipfile.ZipFile(archive) as z:
             for split in ("train", *task.dev, *task.test):
                 name = f"{task.folder}/{split}.tsv"
-                expect(name in z.namelist(), f"no {name} in it")
                 expect(z.getinfo(name).file_size <= LARGEST, f"{name} is larger than any in GLUE")
                 z.extract(name, scratch)
 
 def _fetch_mrpc(task, scratch):
     """MRPC has no archive: the rows of Microsoft's train file whose pair of ids stands in GLUE's
-    list are dev, the rest train, in the order of the file. The test rows get an index in front."""
+    list are dev, the rest train, in the order of the file. Test rows get an index for a label."""
     dev_ids, labelled, unlabelled = [
         [line.split("\t") for line in read_lines(_download(path, scratch))] for path in (
             "glue/data/mrpc_dev_ids.tsv", "senteval/senteval_data/msr_paraphrase_train.txt",
@@ -685,7 +688,7 @@ def expect(fine, message, error=ValueError):
 
 @contextlib.contextmanager
 def reading(path, what):
-    """Inside, whatever a parser raises becomes a ValueError that names the file."""
+    """Inside, what a parser raises, but for a missing file, becomes a ValueError that names it."""
     expect(not Path(path).is_dir(), f"{path}: a folder; expected {what}")
     try:
         yield
@@ -707,7 +710,7 @@ def whole(path):
     disk, or what was there before is untouched. Raises OSError that names the file."""
     part = Path(f"{path}.part")
     try:
-        part.unlink(missing_ok=True)  # not through a link
+        part.unlink(missing_ok=True)  # never write through a link
         part.touch()
         mode = part.stat().st_mode  # an ordinary one: safetensors makes files private
         yield part
@@ -738,7 +741,7 @@ def write_log(path, entries):
         part.write_text("".join(json.dumps(entry) + "\n" for entry in entries), "utf-8")
 
 def read_log(path):
-    """The whole lines of a log, as dicts; none if the first is not the settings of a run."""
+    """The entries of a log, without what is damaged; none if the first is no run's settings."""
     entries = []
     if path.is_file():
         for line in path.read_bytes().split(b"\n"):
@@ -750,7 +753,7 @@ def read_log(path):
 def compare_settings(path, written, settings):
     """Raises ValueError if a log or a checkpoint was written with other settings than these."""
     for key, value in json.loads(json.dumps(settings)).items():
-        expect(written.get(key, value) == value or key in ("out", "device"),
+        expect(written.get(key, value) == value or key in ("out", "device"),  # these may move
                f"{path}: written with {key} {written.get(key)}, this run has {value}; resume with "
                "the flags of that run, or give another --out")
 
@@ -793,6 +796,8 @@ def interruptible(patient=False):
         for number in (signal.SIGINT, signal.SIGTERM):
             afterwards.callback(signal.signal, number, signal.signal(number, note))
         yield noted
+        if noted and not patient:  # it came after the last step: the next seed must not start
+            raise KeyboardInterrupt
 
 # ---- The terminal and the machine -------------------------------------------------------------
 
@@ -855,8 +860,8 @@ def write_demo(folder):
     """Writes a made-up task in SST-2's layout, DEMO/{train,dev,test}.tsv, and what a BERT learns
     its language from: corpus.txt and vocab.txt. Raises FileExistsError rather than replace a file
     that is not the demo's."""
-    # No word tells alone: "hardly dull" is praise. The corpus has no labels, but each text ends in
-    # a verdict, "... . overall it was great". No sentence of dev or test is in train or the corpus.
+    # No word is sure alone: "hardly dull" is praise. The corpus has no labels, but a text ends in a
+    # verdict, "... . overall it was great". No sentence of dev or test is in train or the corpus.
     rng, held_out, files = random.Random(0), set(), {}
     for split, size in {"test": 1000, "dev": 1000, "train": 8000}.items():
         reviews = []

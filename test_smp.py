@@ -34,6 +34,7 @@ import time
 import tracemalloc
 import zipfile
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -918,7 +919,7 @@ def test_weights_that_are_elsewhere_are_explained(tmp_path):
     with pytest.raises(ValueError, match="a pointer of Git LFS"):
         bert.load_pretrained(tmp_path)
     file.rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match="makes it of pytorch_model.bin: BertForMaskedLM"):
+    with pytest.raises(FileNotFoundError, match="of pytorch_model.bin: AutoModelForMaskedLM"):
         bert.load_pretrained(tmp_path)
 
 # ---- 7. GLUE --------------------------------------------------------------------------------
@@ -944,7 +945,9 @@ def test_a_tsv_is_read_as_it_is(table, tmp_path):
     found, classes = data.read_split(data.TASKS[task], tmp_path, Path(name).stem)
     assert found == texts and (classes if labels is None else classes.tolist()) == labels
 
-def test_short_lines_are_an_error_elsewhere(tmp_path):
+def test_short_lines_count_for_no_limit_and_are_an_error_elsewhere(tmp_path):
+    write(tmp_path / "QQP/train.tsv", TABLES["QQP's train file has short lines"][2])
+    assert len(data.read_split(data.TASKS["qqp"], tmp_path, "train", limit=2)[0]) == 2
     write(tmp_path / "QQP/dev.tsv", QQP + "1\t2\t3\ta?\n")
     with pytest.raises(ValueError, match="dev.tsv, line 2: 4 columns, expected 6"):
         data.read_split(data.TASKS["qqp"], tmp_path, "dev")
@@ -1214,6 +1217,7 @@ def test_glue_is_fetched_from_its_official_paths(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="without a network, put"):
         data.ensure_downloaded(data.TASKS["rte"], tmp_path / "glue")
     text = "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n"
+    monkeypatch.setattr(data, "tqdm", partial(data.tqdm, disable=True))  # as TQDM_DISABLE does
     fetch(monkeypatch, "rte", {"/glue/data/RTE.zip": zipped(RTE, text)}, tmp_path / "glue")
     assert data.read_split(data.TASKS["rte"], tmp_path / "glue", "dev")[0] == [("a", "b")]
     data.ensure_downloaded(data.TASKS["rte"], tmp_path / "glue")  # there already: no server needed
@@ -1244,7 +1248,8 @@ DAMAGED[60:80] = b"\xff" * 20
 DOWNLOADS = {
     "none": (None, "404.*without a network, put"),
     "another": (b"no zip", "not GLUE's archive"), "damaged": (bytes(DAMAGED), "not GLUE's archive"),
-    "evil": (zipped(["../x.tsv"]), "no RTE/train"), "incomplete": (zipped(RTE[:1]), "no RTE/dev"),
+    "evil": (zipped(["../x.tsv"]), "named .RTE/train"),
+    "incomplete": (zipped(RTE[:1]), "named .RTE/dev"),
     "inflates": (zipped(RTE, "x" * 3000, zipfile.ZIP_LZMA), "RTE.zip: not GLUE's archive"),
     "of no length": (({"Content-Length": "many"}, b""), "RTE.zip: cannot be fetched"),
     "endless": (({}, b"x" * 9000), "RTE.zip: cannot be fetched .larger than anything"),
@@ -1583,7 +1588,7 @@ def test_a_regression_of_ones_own_learns_and_has_its_range(world, fails, monkeyp
 
 @pytest.mark.parametrize("changes, message", [
     ({"lables": []}, "lables"), ({"dev": "dev"}, "dev: expected a list"),
-    ({"dev": []}, "dev: expected the name"),
+    ({"dev": ["a", "b"]}, "dev: expected the name"), ({"test": ["a", "b"]}, "test: expected the"),
     ({"words": ["Maybe", "maybe", "great"]}, "words: two of them are one token"),
     ({"text": None}, "text"), ({"text": "review"}, "text: expected a"),
     ({"text": []}, "text: expected one column"), ({"label": 3}, "label: expected a column"),
@@ -1648,7 +1653,7 @@ def test_an_ordinary_classifier_teaches_whatever_the_order_of_its_classes_and_wo
     assert torch.equal(answers("worded", None, (0, 1), WORDS[:5] + WORDS[:4:-1]), plain)
     write_classifier("strange", {"0": "NEGATIVE", "1": "POSITIVE"})
     message = ("strange/config.json: not a classifier for this task (id2label has the classes "
-               "negative, positive; expected 0, 1, or LABEL_0 and so on; mend it)")
+               "negative, positive; expected 0, 1; or LABEL_0, LABEL_1; mend it)")
     assert message in fails("--teacher strange", out="new")
     assert "an ordinary classifier; expected" in fails("--model strange", out="new")
     assert "an ordinary classifier" in learn_language(f"{SPARSE} --teacher plain", fails, out="b")
@@ -1686,7 +1691,8 @@ REFUSED = {  # words of the message: command lines
     "--export is for --eval of one mask": ["--export x", "--predict m --export x",
                                            "--eval a b --export x"],
     "--sparse is for masks at work": ["--sparse"],
-    "--overwrite is for runs without --resume": ["--resume --overwrite"],
+    "--overwrite is for what writes, without --resume": ["--resume --overwrite",
+                                                         "--eval m --overwrite"],
     "--data is for tasks with labels": ["--task mlm --corpus c --data d"],
     "--corpus is for --task mlm": ["--corpus c"],
     " is for training on --task mlm": ["--mlm-cls", "--mlm-rate 0.1", "--eval m --mlm-rate 0.1"],
@@ -2105,7 +2111,7 @@ def test_all_three_stages(trained, fails, capsys):
     assert first["score"] == pytest.approx(1 / first["perplexity"])
     sparse = learn_language(f"{SPARSE} --teacher teacher/model --model teacher/model", out="sparse")
     assert evaluate("--corpus corpus.txt", mask="sparse/mask.safetensors") == sparse["metrics"]
-    assert "no labels to predict" in fails("--predict sparse/mask.safetensors --device cpu", cli)
+    assert "it has no test file" in fails("--predict sparse/mask.safetensors --device cpu", cli)
     locked = run("--method lock --model sparse/model --weight-lr 5e-3 --dropout 0 --epochs 8")
     assert "locked zeros: every one still zero" in capsys.readouterr().out
     assert locked["kept"] == sparse["kept"] and locked["metrics"]["accuracy"] > 0.9
@@ -2261,6 +2267,8 @@ def test_only_a_patient_run_overhears_a_second_ctrl_c():
         signal.raise_signal(signal.SIGINT)
         assert noted
         signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), data.interruptible() as noted:
+        signal.raise_signal(signal.SIGINT)  # after the last step
 
 @pytest.fixture
 def interrupted(once):

@@ -407,7 +407,7 @@ def run_once(s):
     started, run = time.monotonic(), Run(s)
     # Several processes are patient: torchrun passes on a ctrl-C that all have heard already.
     with data.only_run_in(run.out, RANK), data.interruptible(PROCESSES > 1) as run.interrupts:
-        if final := complete_record(run.s):  # it ended while this one was loading
+        if final := complete_record(run.s):  # another process ended it meanwhile
             return final
         resume_or_clear(run)
         introduce(run)
@@ -465,7 +465,7 @@ def finish(run, started):
     """The last checks, the final record, which it returns, and the report."""
     check_frozen(run)
     masks = {}
-    if run.layers:  # as they are on disk
+    if run.layers:  # the best, as it is on disk
         masks, header = data.load_packed(run.out / "mask.safetensors", "mask")
         expect(header["step"] == run.best["step"], f"{run.out}/mask.safetensors: of another step "
                "than the best; start over with --overwrite", RuntimeError)
@@ -490,7 +490,7 @@ def shipped(run, masks):
         others = run.n_trained - total  # biases, LayerNorms; of a dense model all the rest
         scales = sum(len(mask) for mask in masks.values()) if s.int8 else 0  # one a row
         bits += (8 if s.int8 else 32) * kept + 32 * (others + scales)
-        which.append("8 for each weight that is kept, 32 for each row's scale, bias and LayerNorm"
+        which.append("8 for each weight that is kept, 32 for each row's scale and what else trains"
                      if s.int8 else "32 for each weight that is kept, each bias and LayerNorm")
     return bits, ", ".join(which)
 
@@ -516,7 +516,7 @@ def fingerprint(model, tokenizer):
     """SHA-256, in hex, of all that a mask belongs to: weights, sizes, vocabulary and its use."""
     tokenizer.no_truncation()  # encode sets it again
     config = {key: value for key, value in vars(model.config).items() if "dropout" not in key}
-    words = [sorted(tokenizer.get_vocab().items()), tokenizer.encode("[MASK]").ids]
+    words = [sorted(tokenizer.get_vocab().items()), tokenizer.encode("[MASK]").ids]  # one token?
     if tokenizer.normalizer:  # it lowers case, strips accents, parts Chinese characters, or not
         words.append(tokenizer.normalizer.normalize_str("Café 漢字"))
     # + 0.0 drops the sign of a zero, which a small model does not keep.
@@ -530,7 +530,7 @@ def save_result(run, masks):
     if Path(name).is_dir():
         name = Path(name).resolve().name  # where it lies is of no use to others
     if s.trains_weights:
-        name, baked = "model", bake(run, masks)  # the model beside the mask
+        name, baked = "the model/ that was saved with it", bake(run, masks)
         save_model(run.out / "model", baked, run.base)
         belongs_to = fingerprint(baked, run.tokenizer)  # the model that is shipped with the mask
     if masks:
@@ -635,8 +635,8 @@ class MaskFile(TaskModel):
         return smp.folded(self.layers, self.masks, SparseProduct if self.s.sparse else None)
 
 class SparseProduct:
-    """F.linear(x, W, b) by the weights of W that are not 0, and their columns, row by row (CSR),
-    where that is faster: where W keeps at most 12 %, or 25 % and x has at most 128 tokens."""
+    """F.linear(x, W, b) that skips the zeros of W, which it holds row by row (CSR), where that is
+    faster: where W keeps at most 12 %, or 25 % and x has at most 128 tokens."""
 
     def __init__(self, W):
         kept = W.count_nonzero().item() / W.numel()
@@ -654,7 +654,7 @@ class SparseProduct:
         columns = x.reshape(-1, W.shape[1]).T.contiguous()  # (in, tokens), to be read row by row
         start = W.new_zeros(len(W), 1) if bias is None else bias[:, None]
         y = torch.addmm(start.expand(-1, columns.shape[1]), self.W, columns).T
-        if len(W) <= W.shape[1]:  # else the next product may want `columns` of it, as it lies
+        if len(W) <= W.shape[1]:  # U's stays as it lies: D reads its columns
             y = y.contiguous()
         return y.reshape(*x.shape[:-1], len(W))
 
@@ -683,11 +683,11 @@ def evaluate_masks(s):
             print(f"{path} -> {folder}/: {mask.base} with zeros where the mask has them")
             if mask.int8:
                 print("note        its weights are the rounded ones; their inputs are rounded "
-                      "here, not there")
+                      "by --eval, but not by that model")
     return results
 
 def save_small(folder, mask):
-    """Writes a pruned model as small as it is: sparse.safetensors, config.json, vocabulary."""
+    """Writes a pruned model without its zeros: sparse.safetensors, config.json, vocabulary."""
     model = bake(mask, mask.masks)
     state = model.state_dict()
     dense = sum(4 * tensor.numel() for tensor in state.values())
@@ -729,7 +729,7 @@ def predict_masks(s):
     out, found = Path(s.out or "predictions"), {}
     for path in s.predict:
         mask = MaskFile(path, s)
-        expect(mask.task.test, f"{path}: a mask for {mask.s.task}; it has no labels to predict")
+        expect(mask.task.test, f"{path}: a mask for {mask.s.task}; it has no test file")
         for split, examples in mask.examples(*mask.task.test).items():
             file = out / data.prediction_name(mask.task, split)
             expect(file not in found, f"{path}: a second mask for {mask.s.task}; GLUE takes one "
@@ -837,7 +837,7 @@ def print_comparison(s, learned):
         smp.choose_masks(layers, removed, "smp-l")
         rows[what] = frozen.asks.evaluate(dev)["accuracy"]
     rows["the learned mask"] = learned["last"]["metrics"]["accuracy"]
-    # The same for every mask: trained once and kept.
+    # Dense fine-tuning is the same whatever the mask: it is trained once and kept.
     names = ("data", "model", "device", "precision", "max_length")
     dense = run_silently(
         method="finetune", epochs=2, weight_lr=5e-4, resume=True, out=f"{s.data}/dense-"
@@ -900,7 +900,7 @@ def usual_batch_size(s):
     return size
 
 def usual_dropout(s):
-    """A network that keeps half of its weights can overfit by its choice; not with a tenth."""
+    """A network that keeps half of its weights can overfit by their choice, not with a tenth."""
     if s.trains_weights:
         return 0.0 if s.task == "demo" else 0.1
     return 0.2 if s.rule != "threshold" and (s.sparsity or 0.5) <= 0.5 else 0.0
@@ -915,8 +915,8 @@ USUAL = {
 YES, TEXT, TEXTS = {"action": "store_true"}, {"metavar": "X"}, {"metavar": "X", "nargs": "+"}
 WHOLE, POSITIVE, SHARE = number(1, kind=int), number(0, 1e6), number(0, 1)
 SEEDS = number(0, 2**32 - 1, int) | {"nargs": "+"}
-# All that is known of a flag. A group says what its flags are for, and whether that is so: without
-# effect a flag is refused, and its setting is None. A row is a flag, its kind, its help, and its
+# All that is known of a flag. A group has a purpose, and a test of the settings so far: where that
+# fails its flags are refused, and their settings None. A row is a flag, its kind, its help, and its
 # default, a value or a function of the settings so far.
 FLAGS = {
     "any command": (lambda s: True, [
@@ -941,7 +941,7 @@ FLAGS = {
          lambda s: LATER if s.positions is None else min(128, s.positions))]),
     "training and --predict": (lambda s: not s.eval, [
         ("--out", TEXT, "its folder (default: runs/TASK-METHOD-SPARSITY-sSEED)", None)]),
-    "runs without --resume": (lambda s: not s.resume, [
+    "what writes, without --resume": (lambda s: not s.resume and (not s.eval or s.export), [
         ("--overwrite", YES, "replace what is there (default for the demo, without --out)",
          lambda s: bool(s.method) and s.task == "demo" and not s.out)]),
     "training on tasks with labels": (lambda s: s.method and s.task != "mlm", [
@@ -1035,8 +1035,8 @@ def parse_flags(argv=None):
         if "task" in given:
             given["task"] = data.find_task(given["task"])
         s = settings_of(given)
-        in_one = s.method or PROCESSES == 1
-        expect(in_one, "--eval and --predict run in one process, without torchrun")
+        expect(s.method or PROCESSES == 1,
+               "--eval and --predict run in one process, without torchrun")
         expect(not (s.eval and s.predict), "--eval or --predict, not both")
         expect(s.corpus or s.task != "mlm" or not s.method, "--task mlm needs --corpus FILE")
         expect(not s.seed or len(set(s.seed)) == len(s.seed), "--seed: the same seed twice")
@@ -1086,8 +1086,8 @@ def run_command(s):
     return final
 
 def main(argv=None):
-    """Runs the command line; returns the final record. Bad input, from flag to file, ends in one
-    line on stderr and exit code 2; ctrl-C in exit code 130."""
+    """Runs the command line; returns what the command does. Bad input, from flag to file, ends in
+    one line on stderr and exit code 2; ctrl-C in exit code 130."""
     terminal = data.Unbreakable(sys.stderr)
     nowhere = open(os.devnull, "w") if RANK else None  # the first process prints
     with contextlib.redirect_stdout(nowhere or data.Unbreakable(sys.stdout)), \
@@ -1097,8 +1097,8 @@ def main(argv=None):
             with joined(s.device):
                 return run_command(s)
         except KeyboardInterrupt:
-            print("\ninterrupted; with --resume the same command goes on from a checkpoint, if any",
-                  file=sys.stderr)
+            goes_on = "; with --resume the same command goes on from a checkpoint, if any"
+            print("\ninterrupted" + goes_on * bool(s.method), file=sys.stderr)
             raise SystemExit(130) from None
         except (ValueError, OSError, ArithmeticError, RuntimeError, MemoryError) as error:
             if s.debug:
@@ -1126,7 +1126,8 @@ def joined(device):
         return
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-    # An optimizer imports this. If it did so later, threads would outlive the group and crash.
+    # An optimizer imports this, and starts threads. If it did so later, they would outlive the
+    # group, and crash.
     from torch import _dynamo  # noqa: F401
     dist.init_process_group()
     yield
@@ -1152,7 +1153,7 @@ def add_up(tensors):
 
 def part_of(batch):
     """This process's part of a batch, and its share of what the batch asks: a mean over the batch
-    is the sum over the parts of share * mean (but not of a teacher's in mlm)."""
+    is the sum over the parts of share * mean (not so what a teacher adds in mlm)."""
     size, length = batch["input_ids"].shape
     first, end = size * RANK // PROCESSES, size * (RANK + 1) // PROCESSES
     part = {key: x if x is None else x[first:end] for key, x in batch.items()}
