@@ -604,10 +604,10 @@ class MaskFile(TaskModel):
         log = data.read_log(beside / "metrics.jsonl")
         where = log[0] if log else {}  # model, data and corpus of its run, if that is here
         with data.reading(path, "a mask that train.py wrote"):
-            task, base, own = [self.header[name] for name in ("task", "base", "fingerprint")]
+            task, base, of = [self.header[name] for name in ("task", "base", "fingerprint")]
             settings = self.header["settings"]
             if own_task := self.header.get("own_task"):
-                home = data.TASKS[task].home if task in data.TASKS else ""  # of a given task.json
+                home = data.TASKS[task].home if task in data.TASKS else ""  # if --task gave it
                 data.add_task(own_task | {"home": home})
                 where["data"] = home or where.get("data")
             if settings["trains_weights"] and (beside / "model/model.safetensors").is_file():
@@ -627,7 +627,7 @@ class MaskFile(TaskModel):
         self.layers = smp.prune(self.model, prunable(self.model))
         for layer in self.layers.values():
             layer.int8 = self.int8
-        expect(own == self.fingerprint and self.masks.keys() == self.layers.keys(),
+        expect(of == self.fingerprint and self.masks.keys() == self.layers.keys(),
                f"{path}: made for another model than {self.base}, or for this one before it "
                f"changed; give {base} as --model")
 
@@ -735,7 +735,7 @@ def predict_masks(s):
             file = out / data.prediction_name(mask.task, split)
             expect(file not in found, f"{path}: a second mask for {mask.s.task}; GLUE takes one "
                    "file a task")
-            names = [file.name, "submission.zip"][:len(s.predict)]
+            names = [file.name] + ["submission.zip"] * (len(s.predict) > 1)
             data.claim(out, names, s.overwrite, "give --overwrite, or another --out")
             with mask.folded():
                 found[file] = path, mask.task, mask.asks.predict(examples)
@@ -817,6 +817,7 @@ def write_random_model(folder):
     save_model(folder / "DEMO/random", model, folder)
 
 def run_silently(**given):
+    """A run that shows no report."""
     s = settings_of(given | {"seed": 0})
     with contextlib.redirect_stdout(io.StringIO()):
         return complete_record(s) or run_once(s)
@@ -890,7 +891,8 @@ def usual_epochs(s):
 
 def usual_batch_size(s):
     """A step moves a score by about lr, whatever the batch. So a sparse mask, which has far to
-    move, gets 1,500 steps at least, if possible."""
+    move, gets 1,500 steps at least, if possible. (Not in the demo, which is to be quick, nor in
+    mlm, which has steps enough.)"""
     if s.n is None:
         return LATER
     size = 64 if s.n > 10_000 else 32
@@ -914,7 +916,7 @@ USUAL = {
     "--paper True": {"init": "zero", "lam": 400.0, "dropout": 0.1},
 }
 YES, TEXT, TEXTS = {"action": "store_true"}, {"metavar": "X"}, {"metavar": "X", "nargs": "+"}
-WHOLE, POSITIVE, SHARE = number(1, kind=int), number(0, 1e6), number(0, 1)
+WHOLE, AMOUNT, SHARE = number(1, kind=int), number(0, 1e6), number(0, 1)
 SEEDS = number(0, 2**32 - 1, int) | {"nargs": "+"}
 # All that is known of a flag. A group has a purpose, and a test of the settings so far: where that
 # fails its flags are refused, and their settings None. A row is a flag, its kind, its help, and its
@@ -964,23 +966,23 @@ FLAGS = {
         ("--tau", SHARE, "keeps where sigmoid(S) > tau; lambda steers how many", 0.1)]),
     "methods that learn scores": (lambda s: s.scores_from == "learned", [
         ("--paper", YES, "published --init zero --lambda 400 --dropout 0.1, and batches", False),
-        ("--lr", POSITIVE, "learning rate of the scores, falling to 0", 2e-2),
+        ("--lr", AMOUNT, "learning rate of the scores, falling to 0", 2e-2),
         ("--init", {"choices": ["zero", "magnitude"]}, "of scores; of the demo zero", "magnitude"),
-        ("--lambda", POSITIVE | {"dest": "lam"}, "of the regulariser, not --pull", None)]),
+        ("--lambda", AMOUNT | {"dest": "lam"}, "of the regulariser, not --pull", None)]),
     "a regulariser without --lambda": (lambda s: s.scores_from == "learned" and s.lam is None, [
-        ("--pull", POSITIVE, "of the regulariser, in task gradients; of the demo 0.2", 1.0)]),
+        ("--pull", AMOUNT, "of the regulariser, in task gradients; of the demo 0.2", 1.0)]),
     "methods that train weights": (lambda s: s.trains_weights, [
-        ("--weight-lr", POSITIVE, "learning rate; of lock 1e-4, mlm 5e-5, the demo 1e-3", 3e-5)]),
+        ("--weight-lr", AMOUNT, "learning rate; of lock 1e-4, mlm 5e-5, the demo 1e-3", 3e-5)]),
     "methods that learn": (lambda s: s.method not in (None, "random"), [
         ("--epochs", WHOLE, "default: 12; to 10,000 examples 60, below 3,000 100; demo, mlm 3",
          usual_epochs),
-        ("--batch-size", WHOLE, "default: 64 above 10,000 examples, or 32; less in short runs",
+        ("--batch-size", WHOLE, "default: 64 above 10,000 examples, or 32; short sparse runs less",
          usual_batch_size),
         ("--eval-every", WHOLE, "steps between evaluations (default: an epoch)",
          lambda s: LATER if s.n is None else math.ceil(s.n / s.batch_size)),
         ("--dropout", SHARE, "default: 0.1 if weights train (demo 0), 0.2 if half stay, or 0",
          usual_dropout),
-        ("--checkpoint-every", POSITIVE, "seconds; more if it took over 2 %%", 60.0),
+        ("--checkpoint-every", AMOUNT, "seconds; more if it took over 2 %%", 60.0),
         ("--teacher", TEXT, "a fine-tuned model to distil from", None)]),
     "methods with a ramp": (lambda s: s.rule not in (None, "threshold") and s.method != "random", [
         ("--ramp", SHARE, "share of the steps in which the sparsity grows", 0.5)]),
@@ -1029,7 +1031,7 @@ def parse_flags(argv=None):
     for purpose, (_, rows) in FLAGS.items():
         group = p.add_argument_group(f"for {purpose}")
         for flag, kind, does, default in rows:
-            plain = type(default) in (str, float)
+            plain = type(default) in (str, float)  # other defaults the help says in words
             group.add_argument(flag, help=f"{does} (default: {default})" if plain else does, **kind)
     try:
         given = vars(p.parse_args(argv))
@@ -1132,7 +1134,7 @@ def joined(device):
     from torch import _dynamo  # noqa: F401
     dist.init_process_group()
     yield
-    dist.destroy_process_group()
+    dist.destroy_process_group()  # not after an error: it could wait for those that go on
 
 def from_first(x):
     """What x is in the first process. All wait for it."""
@@ -1160,6 +1162,7 @@ def part_of(batch):
     part = {key: x if x is None else x[first:end] for key, x in batch.items()}
     mine = (batch["places"] >= first * length) & (batch["places"] < end * length)
     part |= {"places": batch["places"][mine] - first * length, "labels": batch["labels"][mine]}
+    # -100 asks for nothing, but in a regression it is a number.
     asked, of_all = [((x["labels"] != -100) | x["labels"].is_floating_point()).sum().item()
                      for x in (part, batch)]
     return (part, asked / of_all) if asked else (batch, 0.0)  # a mean over nothing is nan
