@@ -58,7 +58,7 @@ def times(W, M):
     return M.view(torch.uint8).to(W.dtype).mul_(W)
 
 class StraightThrough(torch.autograd.Function):
-    """Forward: `rounded`, a function of x as a mask is of its scores. Backward: the identity, for
+    """Forward: `rounded`, which comes from x as a mask from its scores. Backward: the identity, for
     kept and pruned entries alike. Used by topk_mask, threshold_mask and fake_int8."""
     @staticmethod
     def forward(ctx, x, rounded):
@@ -102,7 +102,7 @@ def initial_scores(weight, init):
     if init == "zero":  # the paper's
         return torch.zeros_like(weight)
     if init == "magnitude":  # so the first weights to go hardly matter
-        # 0.5 is typical: 25 steps of Adam at the rate 2e-2.
+        # Their rms is 0.5: 25 steps of Adam at the rate 2e-2.
         return weight.abs() / (2 * weight.square().mean().sqrt()).clamp_min(1e-12)
     if init == "random":
         return torch.rand_like(weight)
@@ -122,7 +122,7 @@ def prune(model, names, init="magnitude"):
         hooks = [hook for key, value in vars(linear).items() if "_hooks" in key for hook in value]
         shared = sum(module is linear for module in modules.values()) > 1
         if getattr(kind, "forward", None) is not nn.Linear.forward or "weight" not in vars(
-                linear)["_parameters"] or hooks or shared:  # all that would be lost
+                linear)["_parameters"] or hooks or shared:  # all this would be lost
             raise TypeError(f"{name} is a {kind.__name__}; expected an nn.Linear with its own "
                             "forward and weight, without hooks, under one name")
     model.requires_grad_(False)
@@ -139,7 +139,7 @@ def topk_mask(scores, n_keep):
     Raises ValueError for an impossible n_keep, FloatingPointError for nan or inf."""
     if not 0 <= n_keep <= scores.numel():
         raise ValueError(f"n_keep is {n_keep}; expected 0 to {scores.numel()}")
-    if not scores.sum().isfinite() and not scores.isfinite().all():  # large ones may overflow
+    if not scores.sum().isfinite() and not scores.isfinite().all():  # finite ones may sum to inf
         raise FloatingPointError("nan or inf among the scores")
     k = torch.full((1,), n_keep, device=scores.device)
     return StraightThrough.apply(scores, largest(scores.detach().reshape(1, -1), k).view_as(scores))
@@ -155,13 +155,13 @@ def largest(stack, k):
     if on_cpu:  # NumPy finds the k-th without sorting, and compares five times as fast
         wide = torch.promote_types(stack.dtype, torch.float32)  # it has no bfloat16
         stack, k = stack.detach().to(wide).numpy(), k.numpy()
-        rows = zip(stack, k.clip(1), strict=True)  # for k = 0 the largest, of which none stays
+        rows = zip(stack, k.clip(1), strict=True)  # k = 0: the largest, and it goes too
         threshold = np.stack([np.partition(row, -n)[[-n]] for row, n in rows])
     else:  # a GPU sorts fast
         threshold = stack.sort(1, descending=True).values.gather(1, k.clip(1)[:, None] - 1)
     mask = stack >= threshold
     surplus = mask.sum(1, dtype=k.dtype) - k  # more than one score may equal the threshold
-    if not on_cpu or surplus.any():  # on a GPU always: to look would make the host wait
+    if not on_cpu or surplus.any():  # a GPU does not look: the host would wait
         equal = stack == threshold
         allowed = equal.sum(1, dtype=k.dtype) - surplus
         mask &= ~equal | (equal.cumsum(1, dtype=k.dtype) <= allowed[:, None])
@@ -175,7 +175,7 @@ def two_of_four(scores, n_keep):
     columns = fours.unbind(-1)
     for i, x in enumerate(columns):  # of equals the first counts as larger
         less = [y < x if j < i else y <= x for j, y in enumerate(columns) if j != i]
-        # Kept is what at least two of the other three are less than: never a nan.
+        # Kept if at least two of the other three are less. Than a nan nothing is.
         kept.append(sum(smaller.view(torch.uint8) for smaller in less) > 1)
     kept = torch.stack(kept, -1)
     if n_whole := int(n_keep - scores.numel() // 2) // 2:
@@ -220,7 +220,7 @@ def keep_counts(scores, sparsity, rule="smp-s", tau=0.1):
 
 def smp_s_shares(scores, keep):
     """{name: scores} -> how many weights each gets (m,), not yet integers. Each type (the last part
-    of a name: layers.3.Q is a Q) has L matrices; of equal size, matrix l = 1 to L wants the
+    of a name: layers.3.Q is a Q) has L matrices; if they are of one size, matrix l wants the
     fraction k_l = keep * L * R(S_l) / sum of R (Eq. 4)."""
     types, shares = {}, {}
     for name, s in scores.items():
@@ -237,12 +237,12 @@ def importance(scores):
     return torch.sigmoid(scores).mean()
 
 def capped_shares(sizes, R, keep):
-    """size * min(1, c R), (m,), with the c at which it sums to keep * sum(sizes) (Details 2).
+    """size * min(1, c R), (L,), with the c at which it sums to keep * sum(sizes) (Details 2).
         capped_shares([10, 10, 10], [6, 2, 1], 0.6)  ->  [10, 5.3, 2.7]"""
     sorted_R, order = R.sort(descending=True, stable=True)
     n = sizes[order]
-    # With the j largest kept whole the others share the rest: a c for each j. The sum at a c is
-    # the least over j of whole + c * others, so it gets to keep * n at the largest of these c.
+    # With the j of largest R kept whole, the others share the rest: a c for each j. The sum at any
+    # c is the least over j of whole_j + c * others_j, so the largest of these c gives the total.
     # (In the example they are .2, .27 and -.2 for j = 0, 1, 2: with c = .27 one is kept whole.)
     whole = n.cumsum(0) - n
     others = (n * sorted_R).flip(0).cumsum(0).flip(0)
@@ -250,7 +250,8 @@ def capped_shares(sizes, R, keep):
     return sizes * (c * R).clamp(max=1)
 
 def whole_numbers(shares, total):
-    """Shares (m,) -> integers that sum to total: round down, add 1 to the largest remainders.
+    """Shares (m,), float64 -> integers that sum to total: rounded down, and 1 more for those with
+    the largest remainders.
         whole_numbers([1.5, 2.7, 2.8], 7)  ->  [1, 3, 3]"""
     shares = shares.round(decimals=6)  # so that no device's noise decides a tie
     counts = shares.floor()
@@ -299,7 +300,7 @@ def sparsity_at(step, ramp_steps, target):
 
 def regularizer(scores):
     """The mean of R(S) over a list of score matrices, a scalar in (0, 1) (Eq. 6).
-    It pulls all scores down, soon below 0. Below 0 the slope of sigmoid grows with S, so it pulls
+    It pulls all scores down, in time below 0. There the slope of sigmoid grows with S, so it pulls
     kept ones harder: a weight stays only if the task keeps asking for it."""
     return sum(importance(s) for s in scores) / len(scores)
 
@@ -323,9 +324,9 @@ def distillation_loss(student_logits, teacher_logits, temperature=2.0):
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 def objective(logits, labels, teacher_logits=None, temperature=2.0, teacher_weight=0.5):
-    """The loss, a mean over the batch: of logits (B, C) and class numbers (B,) the cross-entropy,
-    -100 skipped; of a regression, logits (B, 1) and float labels (B,), the squared error. With a
-    teacher its weighted mean with distillation_loss. Eq. 6 is objective + lambda * regularizer."""
+    """The loss, a mean over the batch: cross-entropy of logits (B, C) and class numbers (B,), -100
+    skipped; for a regression the squared error of logits (B, 1) and float labels (B,). With a
+    teacher, the weighted mean of that and distillation_loss. Eq. 6: this + lambda * regularizer."""
     if labels.is_floating_point():
         loss = F.mse_loss(logits[:, 0], labels)
     else:

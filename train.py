@@ -48,7 +48,7 @@ METHODS = {
 }
 
 DIVERGED = "nan or inf in what is being learned: the run has diverged"
-THREADS = torch.get_num_threads()
+THREADS = torch.get_num_threads()  # before a TaskModel sets it
 
 # ---- The method: one step, and the loop around it -------------------------------------------
 
@@ -56,10 +56,10 @@ def train_step(run, batch):
     """One step of the method. Returns the loss before it, a scalar tensor."""
     s = run.s
     run.choose_masks()  # by the rule of the method, at this step's sparsity
-    batch, share = part_of(batch)  # and its share of what is asked
+    batch, share = part_of(batch)  # all of it and 1, but for several processes
     batch = run.on_device(batch)
     run.model.train()
-    torch.manual_seed(data.seed_of(s.seed, run.step, RANK + 1))  # repeats after a resume
+    torch.manual_seed(data.seed_of(s.seed, run.step, RANK + 1))  # dropout repeats
 
     logits = run.logits(batch)  # each layer uses W' = W * M
     taught = run.teacher_logits(batch)
@@ -120,17 +120,17 @@ class TaskModel:
         expect(len(self.task.text) < 2 or self.model.config.type_vocab_size != 1,
                f"{folder}/config.json: type_vocab_size is 1; the pairs of {s.task} need 2 segments")
         self.positions = self.model.config.max_position_embeddings
-        if s.max_length is LATER:  # see The flags: what depends on the model is known now
+        if s.max_length is LATER:  # a default that waits for the model, known now
             self.s = s = settings_of(s.given, self.positions)
         expect(4 <= s.max_length <= self.positions,
                f"{folder}: it has {self.positions} positions, not {s.max_length}")
-        # At a small model's thousands of small products two threads mostly wait for each other.
+        # In a small model's many small products threads mostly wait for each other.
         if s.device == "cpu" and "OMP_NUM_THREADS" not in os.environ and not is_teacher:
             is_small = sum(p.numel() for p in self.model.parameters()) < 5e6
             torch.set_num_threads(1 if is_small else THREADS)
         self.fingerprint = fingerprint(self.model, self.tokenizer)
         self.model.to(s.device)
-        self.asks = (Words if self.task.mlm else Labels)(self)
+        self.asks = (Words if self.task.mlm else Labels)(self)  # what differs by kind of task
 
     def examples(self, *splits):
         """{split: examples} of files of the task."""
@@ -148,9 +148,9 @@ class TaskModel:
         """A batch on the device -> logits (K, words) at its K places, float32."""
         names = ("input_ids", "attention_mask", "token_type_ids")
         device_type, bf16 = torch.device(self.s.device).type, self.s.precision == "bf16"
-        # Attention in one kernel is slower than in steps to train in bf16 on a CPU: 4 to 1.
+        # To train in bf16 on a CPU, attention in one kernel takes 4 times as long as in steps.
         in_steps = bf16 and device_type == "cpu" and self.model.training
-        torch.backends.cuda.enable_flash_sdp(not in_steps)  # of a CPU too, in spite of its name
+        torch.backends.cuda.enable_flash_sdp(not in_steps)  # rules the CPU's too
         with torch.autocast(device_type, torch.bfloat16, enabled=bf16):
             hidden = self.model(*[batch[name] for name in names])
             hidden = hidden.flatten(0, 1)[batch["places"]]
@@ -218,7 +218,7 @@ class Labels:
         return lambda batch: known[batch["index"]]
 
 class Words:
-    """What masked language modelling asks: at hidden words for any word. Used as Labels is."""
+    """What masked language modelling asks: any word, where words are hidden. Used as Labels is."""
 
     def __init__(self, owner):
         self.owner, self.tokenizer, self.s = owner, owner.tokenizer, owner.s
@@ -240,7 +240,7 @@ class Words:
                                everywhere=bool(s.teacher))
 
     def evaluate(self, dev_sets):
-        """Metrics of always the same 15 % of the words. "score" is 1 / perplexity."""
+        """Metrics, always of the same 15 % of the words. "score" is 1 / perplexity."""
         generator = torch.Generator().manual_seed(0)
         batches = (data.hide_words(batch, self.tokenizer, generator)
                    for batch in data.batches(dev_sets["dev"], 32))
@@ -278,7 +278,7 @@ class Run(TaskModel):
             (texts, labels), held_out = data.split_off(texts, labels, s.holdout)
             self.dev_sets["holdout"] = self.asks.encode(*held_out)
         self.train_set = self.asks.encode(texts, labels)
-        self.s = s = settings_of(s.given, self.positions, len(self.train_set))  # and on the data
+        self.s = s = settings_of(s.given, self.positions, len(self.train_set))  # n too is known
         self.teacher_logits = lambda batch: None
         if s.teacher:
             teacher = TaskModel(s.teacher, s, is_teacher=True)
@@ -299,7 +299,7 @@ class Run(TaskModel):
         s, model = self.s, self.model
         model.set_dropout(s.dropout or 0.0)
         masked = s.scores_from or s.int8  # a dense model in 8 bits has masks of ones
-        init = s.init or (s.scores_from if s.rule else "zero")  # random, magnitude: also starts
+        init = s.init or (s.scores_from if s.rule else "zero")  # random, magnitude: names of both
         self.layers = smp.prune(model, prunable(model), init) if masked else {}
         for layer in self.layers.values():
             layer.int8 = s.int8
@@ -342,8 +342,8 @@ class Run(TaskModel):
 
     def measure_lambda(self):
         """Sets lam at the first batch, by the task's gradient, unless it was given. At first a
-        regression only learns the mean label, with large gradients: there the least of the first
-        twentieth of the steps counts."""
+        regression only learns the mean label, with large gradients: so there it is the least of the
+        first twentieth of the steps."""
         last = self.s.steps // 20 if self.task.regression else 0
         if self.s.lam is None and self.step <= last:
             found = smp.balanced_lambda(self.scores, self.s.pull)
@@ -378,8 +378,8 @@ class Run(TaskModel):
         return max(done, key=lambda entry: entry["metrics"]["score"], default=None)
 
     def save_checkpoint_if_due(self):
-        """At most every s.checkpoint_every seconds, in at most 2 % of the time; and at ctrl-C,
-        which then ends the run."""
+        """Saves every s.checkpoint_every seconds, or more seldom to take at most 2 % of the time;
+        and at ctrl-C, which then ends the run."""
         begun = time.monotonic()
         stops, is_due = from_first((bool(self.interrupts), begun > self.next_checkpoint))
         if stops or is_due:
@@ -395,7 +395,7 @@ def prunable(model):
             if name.startswith("layers.") and isinstance(module, nn.Linear)]
 
 def is_trained(name, s):
-    """Whether a weight trains: in finetune any, else those of the encoder's layers."""
+    """Whether a weight trains: in finetune any, else those of the encoder's layers, or none."""
     is_weight = not name.endswith(".scores")
     return s.trains_weights and is_weight and (not s.scores_from or name.startswith("layers."))
 
@@ -405,9 +405,9 @@ def run_once(s):
     --resume goes on from the last checkpoint and ends bit for bit as if nothing had happened (on a
     GPU as far as its kernels repeat themselves)."""
     started, run = time.monotonic(), Run(s)
-    # Several processes are patient: torchrun passes on a ctrl-C that all have heard already.
+    # torchrun's processes count no second ctrl-C: torchrun passes on one that all have heard.
     with data.only_run_in(run.out, RANK), data.interruptible(PROCESSES > 1) as run.interrupts:
-        if final := complete_record(run.s):  # another process ended it meanwhile
+        if final := complete_record(run.s):  # another command ended it meanwhile
             return final
         resume_or_clear(run)
         introduce(run)
