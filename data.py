@@ -545,8 +545,7 @@ def check_sizes(shapes):
            f"over {MOST_WEIGHTS:,} weights in all, or {LARGEST_MATRIX:,} in one")
 
 def load_packed(path, kind):
-    """The reverse of save_packed: ({name: tensor}, header). Raises ValueError, FileNotFoundError.
-    """
+    """Reverses save_packed: ({name: tensor}, header). Raises ValueError, FileNotFoundError."""
     with reading(path, f"a {kind} file"), safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         expect(metadata.get("format") == f"smp-3-{kind}", f"format is {metadata.get('format')!r}; "

@@ -299,7 +299,7 @@ class Run(TaskModel):
         s, model = self.s, self.model
         model.set_dropout(s.dropout or 0.0)
         masked = s.scores_from or s.int8  # a dense model in 8 bits has masks of ones
-        init = s.init or (s.scores_from if s.rule else "zero")  # random, magnitude: names of both
+        init = s.init or (s.scores_from if s.rule else "zero")  # "random" is both; "magnitude" too
         self.layers = smp.prune(model, prunable(model), init) if masked else {}
         for layer in self.layers.values():
             layer.int8 = s.int8
