@@ -41,7 +41,7 @@ from torch.autograd.function import once_differentiable
 # ---- The layer (Eq. 3) ----------------------------------------------------------------------
 class MaskedWeight(torch.autograd.Function):
     """W, M (bool), S, all (out, in) -> W' = W * M. Backward, M counts as S (Eq. 3).
-    The same as StraightThrough.apply(S, M) * W, without a float mask to keep."""
+    The same as StraightThrough.apply(S, M) * W, see below, but it saves no float mask."""
     @staticmethod
     def forward(ctx, W, M, S):
         ctx.save_for_backward(W, M)
@@ -90,7 +90,7 @@ class MaskedLinear(nn.Module):
             return MaskedWeight.apply(W, mask, S)
         if W.requires_grad:
             return fake_int8(MaskedWeight.apply(W, mask, S))
-        return MaskedWeight.apply(fake_int8(W), mask, S)  # so all tasks share the bytes of W
+        return MaskedWeight.apply(fake_int8(W), mask, S)  # so tasks share W's bytes
 
     def forward(self, x):  # (..., in) -> (..., out)
         product = self.fixed[1] if self.fixed else F.linear
@@ -122,7 +122,7 @@ def prune(model, names, init="magnitude"):
         hooks = [hook for key, value in vars(linear).items() if "_hooks" in key for hook in value]
         shared = sum(module is linear for module in modules.values()) > 1
         if getattr(kind, "forward", None) is not nn.Linear.forward or "weight" not in vars(
-                linear)["_parameters"] or hooks or shared:  # all this would be lost
+                linear)["_parameters"] or hooks or shared:  # own code, hooks, a second name
             raise TypeError(f"{name} is a {kind.__name__}; expected an nn.Linear with its own "
                             "forward and weight, without hooks, under one name")
     model.requires_grad_(False)
@@ -175,7 +175,7 @@ def two_of_four(scores, n_keep):
     columns = fours.unbind(-1)
     for i, x in enumerate(columns):  # of equals the first counts as larger
         less = [y < x if j < i else y <= x for j, y in enumerate(columns) if j != i]
-        # Kept if at least two of the other three are less. Than a nan nothing is.
+        # Kept if at least two of the other three are less. A nan never is less, nor more.
         kept.append(sum(smaller.view(torch.uint8) for smaller in less) > 1)
     kept = torch.stack(kept, -1)
     if n_whole := int(n_keep - scores.numel() // 2) // 2:
@@ -242,7 +242,8 @@ def capped_shares(sizes, R, keep):
     sorted_R, order = R.sort(descending=True, stable=True)
     n = sizes[order]
     # With the j of largest R kept whole, the others share the rest: a c for each j. The sum at any
-    # c is the least over j of whole_j + c * others_j, so the largest of these c gives the total.
+    # c is the least over j of whole_j + c * others_j, as each takes the less of 1 and c R. So it
+    # is the total at the largest of these c.
     # (In the example they are .2, .27 and -.2 for j = 0, 1, 2: with c = .27 one is kept whole.)
     whole = n.cumsum(0) - n
     others = (n * sorted_R).flip(0).cumsum(0).flip(0)
@@ -268,7 +269,7 @@ def sizes_of(scores):
 def choose_masks(layers, sparsity, rule="smp-s", tau=0.1):
     """Sets the mask of each of {name: MaskedLinear}: the largest of its scores, as many as
     keep_counts says. A nan is no error here, since to look for one would make the host wait: it is
-    not kept, and fewer stay."""
+    not kept, fewer stay, and in smp-s its matrix may lose all to the others of its type."""
     scores = {name: layer.scores.detach() for name, layer in layers.items()}
     counts, groups = keep_counts(scores, sparsity, rule, tau), {}
     if rule == "2:4":

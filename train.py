@@ -59,7 +59,7 @@ def train_step(run, batch):
     batch, share = part_of(batch)  # all of it and 1, but for several processes
     batch = run.on_device(batch)
     run.model.train()
-    torch.manual_seed(data.seed_of(s.seed, run.step, RANK + 1))  # dropout repeats
+    torch.manual_seed(data.seed_of(s.seed, run.step, RANK + 1))  # a resumed run draws the same
 
     logits = run.logits(batch)  # each layer uses W' = W * M
     taught = run.teacher_logits(batch)
@@ -87,7 +87,7 @@ def train(run):
         for batch in run.batches():
             loss = train_step(run, batch)
             evaluates = run.step % s.eval_every == 0 or run.step == s.steps
-            if evaluates or run.step % 20 == 0:  # seldom, since to read a loss waits for a GPU
+            if evaluates or run.step % 20 == 0:  # seldom: reading a loss waits for a GPU
                 run.watch(loss, bar)
             if evaluates:
                 run.evaluate_and_keep_best(loss.item(), bar)
@@ -105,8 +105,8 @@ def learning_rate(step, steps, peak, warmup_steps, hold_steps=0):
 # ---- A model, and what a task asks of it ----------------------------------------------------
 
 class TaskModel:
-    """A BERT from a folder or the hub, for the task of s. It asks for a word at some tokens of
-    a batch, its `places`: at each [CLS], or in mlm where words are hidden."""
+    """A BERT from a folder or the hub, for the task of s. It asks for a word at a batch's
+    `places`: at each [CLS], or in mlm where words are hidden."""
 
     def __init__(self, name, s, is_teacher=False):
         self.base = folder = bert.find_pretrained(name)
@@ -120,7 +120,7 @@ class TaskModel:
         expect(len(self.task.text) < 2 or self.model.config.type_vocab_size != 1,
                f"{folder}/config.json: type_vocab_size is 1; the pairs of {s.task} need 2 segments")
         self.positions = self.model.config.max_position_embeddings
-        if s.max_length is LATER:  # a default that waits for the model, known now
+        if s.max_length is LATER:  # LATER: a default that the model decides
             self.s = s = settings_of(s.given, self.positions)
         expect(4 <= s.max_length <= self.positions,
                f"{folder}: it has {self.positions} positions, not {s.max_length}")
@@ -168,7 +168,7 @@ class TaskModel:
             yield batch, self.logits(batch)
 
 class Labels:
-    """What a task with labels asks: at each [CLS] for one of the label words."""
+    """What a task with labels asks: at each [CLS] for a label word (of a classifier, a class)."""
 
     def __init__(self, owner):
         self.owner, self.task, self.tokenizer, self.s = owner, owner.task, owner.tokenizer, owner.s
@@ -211,8 +211,8 @@ class Labels:
         return metrics | {"score": np.mean(held_out or list(metrics.values())).item()}
 
     def listen(self, teacher, texts):
-        """A function: a batch -> the teacher's logits. Without dropout they never change, so it
-        reads the texts once for all, in its own vocabulary."""
+        """A function: a batch -> the teacher's logits. Without dropout they never change, so the
+        teacher reads the texts once, in its own vocabulary."""
         known = teacher.asks.predict(teacher.asks.encode(texts, None))
         known = torch.from_numpy(known).to(self.s.device)
         return lambda batch: known[batch["index"]]
@@ -261,7 +261,7 @@ class Words:
         same_head = bool(teacher.model.mlm) == bool(self.owner.model.mlm)
         expect(same_words and same_head, f"--teacher {teacher.base}: its vocabulary, or its MLM "
                f"head, is not as in {self.owner.base}; expected one trained from that")
-        return torch.no_grad()(teacher.logits)  # each time other words are hidden
+        return torch.no_grad()(teacher.logits)  # not once for all: other words are hidden each time
 
 # ---- One run --------------------------------------------------------------------------------
 
@@ -299,7 +299,7 @@ class Run(TaskModel):
         s, model = self.s, self.model
         model.set_dropout(s.dropout or 0.0)
         masked = s.scores_from or s.int8  # a dense model in 8 bits has masks of ones
-        init = s.init or (s.scores_from if s.rule else "zero")  # "random" is both; "magnitude" too
+        init = s.init or (s.scores_from if s.rule else "zero")  # names of an init too
         self.layers = smp.prune(model, prunable(model), init) if masked else {}
         for layer in self.layers.values():
             layer.int8 = s.int8
@@ -342,8 +342,8 @@ class Run(TaskModel):
 
     def measure_lambda(self):
         """Sets lam at the first batch, by the task's gradient, unless it was given. At first a
-        regression only learns the mean label, with large gradients: so there it is the least of the
-        first twentieth of the steps."""
+        regression only learns the mean label, with large gradients: so its lam is the least
+        that is found in the first twentieth of the steps."""
         last = self.s.steps // 20 if self.task.regression else 0
         if self.s.lam is None and self.step <= last:
             found = smp.balanced_lambda(self.scores, self.s.pull)
@@ -359,7 +359,7 @@ class Run(TaskModel):
         bar.update(self.step - bar.n)
 
     def evaluate_and_keep_best(self, loss, bar):
-        self.choose_masks()  # of this step, as training would: also within the ramp
+        self.choose_masks()  # those that the next step would use
         masks = self.masks()
         with smp.folded(self.layers, masks):
             metrics = self.asks.evaluate(self.dev_sets)
@@ -405,9 +405,9 @@ def run_once(s):
     --resume goes on from the last checkpoint and ends bit for bit as if nothing had happened (on a
     GPU as far as its kernels repeat themselves)."""
     started, run = time.monotonic(), Run(s)
-    # torchrun's processes count no second ctrl-C: torchrun passes on one that all have heard.
+    # Several processes ignore a second ctrl-C: each hears the first one twice, from torchrun too.
     with data.only_run_in(run.out, RANK), data.interruptible(PROCESSES > 1) as run.interrupts:
-        if final := complete_record(run.s):  # another command ended it meanwhile
+        if final := complete_record(run.s):  # another command has ended it since
             return final
         resume_or_clear(run)
         introduce(run)
