@@ -919,7 +919,8 @@ def test_weights_that_are_elsewhere_are_explained(tmp_path):
     with pytest.raises(ValueError, match="a pointer of Git LFS"):
         bert.load_pretrained(tmp_path)
     file.rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match="of pytorch_model.bin: AutoModelForMaskedLM"):
+    mend = "makes it of pytorch_model.bin: AutoModelForMaskedLM"
+    with pytest.raises(FileNotFoundError, match=mend):
         bert.load_pretrained(tmp_path)
 
 # ---- 7. GLUE --------------------------------------------------------------------------------
@@ -1588,7 +1589,8 @@ def test_a_regression_of_ones_own_learns_and_has_its_range(world, fails, monkeyp
 
 @pytest.mark.parametrize("changes, message", [
     ({"lables": []}, "lables"), ({"dev": "dev"}, "dev: expected a list"),
-    ({"dev": ["a", "b"]}, "dev: expected the name"), ({"test": ["a", "b"]}, "test: expected the"),
+    ({"dev": []}, "dev: expected the name"), ({"dev": ["a", "b"]}, "dev: expected the name"),
+    ({"test": ["a", "b"]}, "test: expected the name"),
     ({"words": ["Maybe", "maybe", "great"]}, "words: two of them are one token"),
     ({"text": None}, "text"), ({"text": "review"}, "text: expected a"),
     ({"text": []}, "text: expected one column"), ({"label": 3}, "label: expected a column"),
