@@ -202,7 +202,7 @@ def read_corpus(path):
 def read_rows(path):
     """Yields (line number, fields) of each line of a .tsv, each record of a .csv."""
     lines = read_lines(path)
-    if path.suffix == ".tsv":  # GLUE quotes nothing: a lone " is text, and only a tab separates
+    if path.suffix == ".tsv":  # GLUE quotes nothing: at a lone " a csv.reader would merge rows
         yield from ((number, line.split("\t")) for number, line in enumerate(lines, start=1))
         return
     reader = csv.reader((f"{line}\n" for line in lines), strict=True)

@@ -4,7 +4,7 @@ Jiang et al., ACL 2023 (arXiv 2210.06210). Each weight W of a linear layer gets 
 
     scores S  -- top-k -->  mask M of 0 and 1  -- times W -->  masked weight W'  -->  output
 
-Backward, the mask counts as the scores themselves ("straight-through"):
+Backward, the mask is treated as the scores themselves ("straight-through"):
 
     dL/dS = dL/dM = dL/dW' * W       for kept and for pruned weights alike    (Eq. 3)
 
@@ -40,7 +40,7 @@ from torch.autograd.function import once_differentiable
 
 # ---- The layer (Eq. 3) ----------------------------------------------------------------------
 class MaskedWeight(torch.autograd.Function):
-    """W, M (bool), S, all (out, in) -> W' = W * M. Backward, M counts as S (Eq. 3).
+    """W, M (bool), S, all (out, in) -> W' = W * M. Backward, M is treated as S (Eq. 3).
     The same as StraightThrough.apply(S, M) * W, see below, but it saves no float mask."""
     @staticmethod
     def forward(ctx, W, M, S):
@@ -58,8 +58,8 @@ def times(W, M):
     return M.view(torch.uint8).to(W.dtype).mul_(W)
 
 class StraightThrough(torch.autograd.Function):
-    """Forward: `rounded`, which comes from x as a mask from its scores. Backward: the identity, for
-    kept and pruned entries alike. Used by topk_mask, threshold_mask and fake_int8."""
+    """Forward: `rounded`, made from x like a mask from scores. Backward: the identity, for kept and
+    pruned entries alike. Used by topk_mask, threshold_mask and fake_int8."""
     @staticmethod
     def forward(ctx, x, rounded):
         return rounded.to(x.dtype)
@@ -78,7 +78,7 @@ class MaskedLinear(nn.Module):
         self.scores = nn.Parameter(initial_scores(linear.weight, init))
         self.register_buffer("mask", torch.ones_like(linear.weight, dtype=torch.bool))
         self.int8 = False  # see fake_int8
-        self.fixed = None  # inside folded: W', and the product that takes it
+        self.fixed = None  # inside folded: W', and what replaces F.linear
 
     @property
     def weight(self):  # nn.MultiheadAttention reads this and never calls forward
@@ -155,7 +155,7 @@ def largest(stack, k):
     if on_cpu:  # NumPy finds the k-th without sorting, and compares five times as fast
         wide = torch.promote_types(stack.dtype, torch.float32)  # it has no bfloat16
         stack, k = stack.detach().to(wide).numpy(), k.numpy()
-        rows = zip(stack, k.clip(1), strict=True)  # k = 0: the largest, and it goes too
+        rows = zip(stack, k.clip(1), strict=True)  # k = 0 is as k = 1; `surplus` drops that one
         threshold = np.stack([np.partition(row, -n)[[-n]] for row, n in rows])
     else:  # a GPU sorts fast
         threshold = stack.sort(1, descending=True).values.gather(1, k.clip(1)[:, None] - 1)
@@ -168,9 +168,9 @@ def largest(stack, k):
     return torch.as_tensor(mask)
 
 def two_of_four(scores, n_keep):
-    """The bool mask of the two largest of each four neighbours in a row, the first of equals first:
-    the pattern that NVIDIA's sparse cores take. Scores (out, in); 4 divides in. To keep
-    n_keep, some fours stay whole: those that would lose most."""
+    """The bool mask of the two largest of each four neighbours in a row, of equals the first: the
+    pattern that NVIDIA's sparse cores take. Scores (out, in), where `in` is a multiple of 4. To
+    keep n_keep, some fours stay whole: those that would lose most."""
     fours, kept = scores.detach().unflatten(-1, (-1, 4)), []
     columns = fours.unbind(-1)
     for i, x in enumerate(columns):  # of equals the first counts as larger
@@ -184,7 +184,7 @@ def two_of_four(scores, n_keep):
         kept |= largest(lost.reshape(1, -1), k).view_as(lost)[..., None]
     return kept.flatten(-2)
 
-RULES = {  # Table 3: S, the paper's own; L; G; T, as soft movement pruning has it
+RULES = {  # Table 3's S (the paper's own), L, G and T (which soft movement pruning has too)
     "smp-s": "the matrices of a type in proportion to R(S), the mean of sigmoid(S)",
     "smp-l": "each matrix the same fraction",
     "global": "one threshold over all matrices",
@@ -242,8 +242,8 @@ def capped_shares(sizes, R, keep):
     sorted_R, order = R.sort(descending=True, stable=True)
     n = sizes[order]
     # With the j of largest R kept whole, the others share the rest: a c for each j. The sum at any
-    # c is the least over j of whole_j + c * others_j, as each takes the less of 1 and c R. So it
-    # is the total at the largest of these c.
+    # c is the least over j of whole_j + c * others_j, as each takes the less of 1 and c R. It is
+    # the total where none of these is below the total: at the largest c.
     # (In the example they are .2, .27 and -.2 for j = 0, 1, 2: with c = .27 one is kept whole.)
     whole = n.cumsum(0) - n
     others = (n * sorted_R).flip(0).cumsum(0).flip(0)
@@ -339,8 +339,8 @@ def objective(logits, labels, teacher_logits=None, temperature=2.0, teacher_weig
 
 def balanced_lambda(scores, pull=1.0):
     """The lambda at which the regulariser pulls a score at 0, on average, `pull` times as hard as
-    the typical task gradient, which is read off scores.grad. (At 0 the regulariser's mean
-    gradient is 1 / (4 * total).)"""
+    the typical task gradient, which is read off scores.grad. (At 0 the gradient of a
+    regulariser of strength 1 is, in the mean, 1 / (4 * total).)"""
     total = sum(s.numel() for s in scores)
     grads = [s.grad for s in scores if s.grad is not None]
     norm = nn.utils.get_total_norm(grads)  # rms * sqrt(total)
@@ -348,14 +348,14 @@ def balanced_lambda(scores, pull=1.0):
 
 # ---- A mask at work -------------------------------------------------------------------------
 @contextlib.contextmanager
-def folded(layers, masks, product=None):
+def folded(layers, masks, make_product=None):
     """Inside, the layers use the given {name: mask}, multiplied into their weights only once: one
-    frozen model serves any number of tasks. product(W') returns what to use instead of F.linear."""
+    frozen model serves any number of tasks. make_product(W') returns what replaces F.linear."""
     with contextlib.ExitStack() as afterwards:
         for name, layer in layers.items():
             W = layer.masked_weight(masks[name].to(layer.mask.device)).detach()
             afterwards.callback(setattr, layer, "fixed", layer.fixed)
-            layer.fixed = W, product(W) if product else F.linear
+            layer.fixed = W, make_product(W) if make_product else F.linear
         yield
 
 # ---- Prune Once For All and 8 bits, made of the same parts. One may stop here ---------------

@@ -1479,6 +1479,12 @@ def test_every_default_is_decided_in_one_place(flags, n, positions, expected):
     s = vars(train.settings_of(flags, positions, n))
     assert {name: s[name] for name in expected} == expected and flags == before
 
+def test_a_gpu_skips_no_zeros():
+    gpu = {"eval": ["m"], "device": "cuda", "sparse": True}
+    with pytest.raises(ValueError, match="--sparse has no effect here: it is for masks on a CPU"):
+        train.settings_of(gpu)
+    assert train.settings_of(gpu | {"export": "small"}).sparse
+
 @pytest.mark.parametrize("flags, steps", [
     ("--ramp 1 --lr 0", 60), ("--ramp 0 --limit 8 --epochs 1", 1)])
 def test_best_only_counts_at_the_target_sparsity(world, flags, steps):
@@ -1692,7 +1698,7 @@ REFUSED = {  # words of the message: command lines
     "--out is for training and --predict": ["--eval m --out x"],
     "--export is for --eval of one mask": ["--export x", "--predict m --export x",
                                            "--eval a b --export x"],
-    "--sparse is for masks at work": ["--sparse"],
+    "--sparse is for masks on a CPU": ["--sparse"],
     "--overwrite is for what writes, without --resume": ["--resume --overwrite",
                                                          "--eval m --overwrite"],
     "--data is for tasks with labels": ["--task mlm --corpus c --data d"],
@@ -2667,6 +2673,10 @@ def test_the_demo_trains_nothing_twice_and_its_table_takes_the_last_mask(demo, c
     train.print_comparison(s, final | {"last": last, "best": best})
     assert "the learned mask                         0.625" in capsys.readouterr().out
     assert len(list((folder / "demo").glob("dense-fp32-128-*"))) == 1
+    asked = []  # over fewer examples dense fine-tuning is another run
+    monkeypatch.setattr(train, "run_once", lambda s: asked.append(s.limit) or final)
+    train.print_comparison(argparse.Namespace(**vars(s) | {"given": s.given | {"limit": 8}}), final)
+    assert asked == [8]
 
 def test_the_language_of_the_demo(demo, tmp_path):
     """It is the same on every machine, and of dev and test nothing was seen before."""

@@ -4,8 +4,8 @@
 
 The methods and the loop stand first. What they call follows: a model and what a task asks of it, a
 run, what it leaves on disk, masks at work, the report, the demo, flags and main; several processes
-come last. The equations are in smp.py, the network in bert.py, the data in data.py. `s` is always
-the settings of a run, from settings_of, or of a mask.
+(RANK, by_first, add_up) come last. The equations are in smp.py, the network in bert.py, the data in
+data.py. `s` is always settings: a run's, from settings_of, or those a mask was made with.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def train_step(run, batch):
     """One step of the method. Returns the loss before it, a scalar tensor."""
     s = run.s
     run.choose_masks()  # by the rule of the method, at this step's sparsity
-    batch, share = part_of(batch)  # all of it and 1, but for several processes
+    batch, share = part_of(batch)  # with one process all of it, and 1
     batch = run.on_device(batch)
     run.model.train()
     torch.manual_seed(data.seed_of(s.seed, run.step, RANK + 1))  # a resumed run draws the same
@@ -120,7 +120,7 @@ class TaskModel:
         expect(len(self.task.text) < 2 or self.model.config.type_vocab_size != 1,
                f"{folder}/config.json: type_vocab_size is 1; the pairs of {s.task} need 2 segments")
         self.positions = self.model.config.max_position_embeddings
-        if s.max_length is LATER:  # LATER: a default that the model decides
+        if s.max_length is LATER:  # LATER: it waits for the model
             self.s = s = settings_of(s.given, self.positions)
         expect(4 <= s.max_length <= self.positions,
                f"{folder}: it has {self.positions} positions, not {s.max_length}")
@@ -148,16 +148,16 @@ class TaskModel:
         """A batch on the device -> logits (K, words) at its K places, float32."""
         names = ("input_ids", "attention_mask", "token_type_ids")
         device_type, bf16 = torch.device(self.s.device).type, self.s.precision == "bf16"
-        # To train in bf16 on a CPU, attention in one kernel takes 4 times as long as in steps.
-        in_steps = bf16 and device_type == "cpu" and self.model.training
-        torch.backends.cuda.enable_flash_sdp(not in_steps)  # rules the CPU's too
+        # To train in bf16 on a CPU, attention in one kernel takes 4 times as long as in several.
+        in_several = bf16 and device_type == "cpu" and self.model.training
+        torch.backends.cuda.enable_flash_sdp(not in_several)  # rules the CPU's too
         with torch.autocast(device_type, torch.bfloat16, enabled=bf16):
             hidden = self.model(*[batch[name] for name in names])
             hidden = hidden.flatten(0, 1)[batch["places"]]
         # bf16 rounds logits too coarsely; but float32 takes too long for those of a vocabulary.
         with torch.autocast(device_type, torch.bfloat16, enabled=bf16 and self.task.mlm):
             head = self.model.classifier or self.model.mlm_logits
-            return head(hidden.float(), self.asks.words).float()
+            return head(hidden.float(), self.asks.words).float()  # of a classifier: its classes
 
     @torch.inference_mode()
     def answers(self, batches):
@@ -176,8 +176,8 @@ class Labels:
             n = owner.model.classifier.classes.out_features
             words = data.class_order(owner.base, self.task, n)
         else:
-            name = self.s.task + "/task.json" * (self.s.task not in data.BUILT_IN)
-            words = data.label_ids(self.tokenizer, self.task.words, name)
+            source = self.s.task + "/task.json" * (self.s.task not in data.BUILT_IN)  # for errors
+            words = data.label_ids(self.tokenizer, self.task.words, source)
         self.words = words.to(self.s.device)
 
     def read(self, split, limit=None):
@@ -186,7 +186,7 @@ class Labels:
     def encode(self, texts, labels):
         return data.encode(self.tokenizer, texts, labels, self.s.max_length)
 
-    def ask(self, batch, generator):  # a training batch, with what it asks
+    def ask(self, batch, generator):  # a training batch -> one with places and labels; it has them
         return batch
 
     def predict(self, examples):
@@ -218,7 +218,8 @@ class Labels:
         return lambda batch: known[batch["index"]]
 
 class Words:
-    """What masked language modelling asks: any word, where words are hidden. Used as Labels is."""
+    """What masked language modelling asks: any word, where words are hidden. Used as Labels is, but
+    not to predict."""
 
     def __init__(self, owner):
         self.owner, self.tokenizer, self.s = owner, owner.tokenizer, owner.s
@@ -237,7 +238,7 @@ class Words:
     def ask(self, batch, generator):
         s = self.s
         return data.hide_words(batch, self.tokenizer, generator, s.mlm_rate, s.mlm_cls,
-                               everywhere=bool(s.teacher))
+                               everywhere=bool(s.teacher))  # a teacher is heard there
 
     def evaluate(self, dev_sets):
         """Metrics, always of the same 15 % of the words. "score" is 1 / perplexity."""
@@ -278,7 +279,7 @@ class Run(TaskModel):
             (texts, labels), held_out = data.split_off(texts, labels, s.holdout)
             self.dev_sets["holdout"] = self.asks.encode(*held_out)
         self.train_set = self.asks.encode(texts, labels)
-        self.s = s = settings_of(s.given, self.positions, len(self.train_set))  # n too is known
+        self.s = s = settings_of(s.given, self.positions, len(self.train_set))  # n is known
         self.teacher_logits = lambda batch: None
         if s.teacher:
             teacher = TaskModel(s.teacher, s, is_teacher=True)
@@ -299,7 +300,7 @@ class Run(TaskModel):
         s, model = self.s, self.model
         model.set_dropout(s.dropout or 0.0)
         masked = s.scores_from or s.int8  # a dense model in 8 bits has masks of ones
-        init = s.init or (s.scores_from if s.rule else "zero")  # names of an init too
+        init = s.init or (s.scores_from if s.rule else "zero")  # if not learned, an init
         self.layers = smp.prune(model, prunable(model), init) if masked else {}
         for layer in self.layers.values():
             layer.int8 = s.int8
@@ -359,7 +360,7 @@ class Run(TaskModel):
         bar.update(self.step - bar.n)
 
     def evaluate_and_keep_best(self, loss, bar):
-        self.choose_masks()  # those that the next step would use
+        self.choose_masks()  # the next step's; one of the final sparsity would be another model
         masks = self.masks()
         with smp.folded(self.layers, masks):
             metrics = self.asks.evaluate(self.dev_sets)
@@ -395,7 +396,7 @@ def prunable(model):
             if name.startswith("layers.") and isinstance(module, nn.Linear)]
 
 def is_trained(name, s):
-    """Whether a weight trains: in finetune any, else those of the encoder's layers, or none."""
+    """Whether a weight trains: in finetune all do, in other methods the layers' or none."""
     is_weight = not name.endswith(".scores")
     return s.trains_weights and is_weight and (not s.scores_from or name.startswith("layers."))
 
@@ -407,7 +408,7 @@ def run_once(s):
     started, run = time.monotonic(), Run(s)
     # Several processes ignore a second ctrl-C: each hears the first one twice, from torchrun too.
     with data.only_run_in(run.out, RANK), data.interruptible(PROCESSES > 1) as run.interrupts:
-        if final := complete_record(run.s):  # another command has ended it since
+        if final := complete_record(run.s):  # another command ended it just now
             return final
         resume_or_clear(run)
         introduce(run)
@@ -840,10 +841,10 @@ def print_comparison(s, learned):
         rows[what] = frozen.asks.evaluate(dev)["accuracy"]
     rows["the learned mask"] = learned["last"]["metrics"]["accuracy"]
     # Dense fine-tuning is the same whatever the mask: it is trained once and kept.
-    names = ("data", "model", "device", "precision", "max_length")
+    names = ("data", "model", "device", "precision", "max_length", "limit")
     dense = run_silently(
         method="finetune", epochs=2, weight_lr=5e-4, resume=True, out=f"{s.data}/dense-"
-        f"{s.precision}-{frozen.s.max_length}-{frozen.fingerprint[:8]}",
+        f"{s.precision}-{frozen.s.max_length}-{s.limit or 'all'}-{frozen.fingerprint[:8]}",
         **{name: getattr(frozen.s, name) for name in names})
     rows["dense fine-tuning, every weight trained"] = dense["last"]["metrics"]["accuracy"]
     print(f"\naccuracy on dev; the three masks remove {sparsity:.0%} of the weights, change none")
@@ -928,10 +929,12 @@ FLAGS = {
         ("--debug", YES, "show the traceback of an error", False)]),
     "masks at work, in place of training": (lambda s: s.eval or s.predict, [
         ("--eval", TEXTS, "evaluate these mask files on dev", None),
-        ("--predict", TEXTS, "write GLUE's submission files to --out (default: predictions)", None),
-        ("--sparse", YES, "skip the zeros, on a CPU; what is exported is small", False)]),
+        ("--predict", TEXTS, "write GLUE's submission files to --out (or predictions)", None)]),
     "--eval of one mask": (lambda s: len(s.eval or ()) == 1, [
         ("--export", TEXT, "write the pruned model to this folder", None)]),
+    "masks on a CPU, or --export": (
+        lambda s: s.export or (s.eval or s.predict) and s.device == "cpu", [
+            ("--sparse", YES, "skip the zeros; what is exported is small", False)]),
     "training": (lambda s: not (s.eval or s.predict), [
         ("--method", {"choices": METHODS}, "see the README's table", "smp-s"),
         ("--resume", YES, "go on with an interrupted run", False),

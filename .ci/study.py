@@ -25,14 +25,18 @@ TRAINED = {  # which weights a method trains; tables have its methods in this or
     "finetune": "all", "smp-s": "none", "2:4": "none", "smp-l": "none", "global": "none",
     "threshold": "none", "random": "none", "movement": "encoder", "soft-movement": "encoder",
     "lock": "encoder", "magnitude": "encoder"}
-TAUGHT = ", teacher of the same examples"
+TAUGHT, TAUGHT_BY_ALL = ", teacher of the same examples", ", teacher of the whole train set"
 ASKED = [("smp-s", 50, "finetune"), ("smp-s", 90, "finetune"), ("smp-s", 90, "movement"),
          ("movement", 90, "magnitude"), ("movement", 90, "lock"), ("smp-s", 90, "smp-l"),
          ("smp-s", 97, "movement")]  # the differences in short
 ASKED_OF_TEACHERS = [
     *((f"smp-s{TAUGHT}", removed, other) for other in ("smp-s", "finetune", f"finetune{TAUGHT}")
       for removed in (50, 70, 90, 97)),
-    (f"finetune{TAUGHT}", 0, "finetune"), ("2:4", 50, "smp-s"), ("2:4", 50, "finetune")]
+    (f"finetune{TAUGHT}", 0, "finetune"),
+    *((f"smp-s{TAUGHT_BY_ALL}", 90, other) for other in (
+        "smp-s", f"smp-s{TAUGHT}", "finetune", f"finetune{TAUGHT_BY_ALL}")),
+    (f"finetune{TAUGHT_BY_ALL}", 0, "finetune"),
+    ("2:4", 50, "smp-s"), ("2:4", 50, "finetune")]
 PURPLE, BLUE, GREY = "#7a3fb0", "#2f7fb8", "#333333"
 ALL = 67_349  # sentences of SST-2
 USUAL = {"lr": 2e-2, "pull": 1.0, "lam": None, "ramp": 0.5, "holdout": None}
