@@ -2669,13 +2669,13 @@ def test_the_demo_trains_nothing_twice_and_its_table_takes_the_last_mask(demo, c
     train.prepare_demo(folder / "demo", "cpu")
     assert not capsys.readouterr().out
     last, best = [{"metrics": {"accuracy": accuracy}} for accuracy in (0.625, 0.875)]
-    s = train.parse_flags(["--data", str(folder / "demo"), "--device", "cpu"])
-    train.print_comparison(s, final | {"last": last, "best": best})
+    flags = ["--data", str(folder / "demo"), "--device", "cpu"]
+    train.print_comparison(train.parse_flags(flags), final | {"last": last, "best": best})
     assert "the learned mask                         0.625" in capsys.readouterr().out
     assert len(list((folder / "demo").glob("dense-fp32-128-*"))) == 1
     asked = []  # over fewer examples dense fine-tuning is another run
     monkeypatch.setattr(train, "run_once", lambda s: asked.append(s.limit) or final)
-    train.print_comparison(argparse.Namespace(**vars(s) | {"given": s.given | {"limit": 8}}), final)
+    train.print_comparison(train.parse_flags([*flags, "--limit", "8"]), final)
     assert asked == [8]
 
 def test_the_language_of_the_demo(demo, tmp_path):
